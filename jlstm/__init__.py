@@ -1,0 +1,25 @@
+"""Write the gate equations of a recurrent cell; jlstm supplies everything else."""
+
+from jlstm import cells, init, layers, models
+from jlstm.cells import *  # noqa: F403
+from jlstm.door import Explanation, explain, unroll
+from jlstm.layers import *  # noqa: F403
+from jlstm.models import *  # noqa: F403
+from jlstm.types import Cell, Layer, Policy, config, gated
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cell",
+    "Explanation",
+    "Layer",
+    "Policy",
+    "config",
+    "explain",
+    "gated",
+    "init",
+    "unroll",
+    *cells.__all__,
+    *layers.__all__,
+    *models.__all__,
+]

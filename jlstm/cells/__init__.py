@@ -1,0 +1,34 @@
+"""One step: a file is one formula."""
+
+from jlstm.cells.elman import Elman, ElmanCarry, ElmanParams, elman_step
+from jlstm.cells.gates import add_vector, affine, gates
+from jlstm.cells.gru import (
+    GRU,
+    GRUCarry,
+    GRUParams,
+    gru_reset_before_step,
+    gru_step,
+)
+from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams, lstm_step
+from jlstm.cells.wrappers import Precision, prepare
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "Elman",
+    "ElmanCarry",
+    "ElmanParams",
+    "GRUCarry",
+    "GRUParams",
+    "LSTMCarry",
+    "LSTMParams",
+    "Precision",
+    "add_vector",
+    "affine",
+    "elman_step",
+    "gates",
+    "gru_reset_before_step",
+    "gru_step",
+    "lstm_step",
+    "prepare",
+]

@@ -1,0 +1,148 @@
+"""The simple recurrent network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jlstm import init as initialisers
+from jlstm.cells.gates import affine
+from jlstm.types import Array, Initializer, check_positive, config, float_dtype
+
+
+@struct.dataclass
+class ElmanParams:
+    """Weights of a simple recurrent network."""
+
+    w_ih: Array  # [D, H]
+    w_hh: Array  # [H, H]
+    b: Array  # [H]
+    b_hh: Array | None = None  # [H], the second bias
+    h0: Array | None = None  # [H], the learned fresh carry
+
+
+class ElmanCarry(NamedTuple):
+    """Carry of a simple recurrent network."""
+
+    h: Array  # [..., H]
+
+
+def elman_project(params: ElmanParams, x: Array) -> Array:
+    """Computes the part of the pre-activations that depends on ``x`` alone."""
+    b = params.b if params.b_hh is None else params.b + params.b_hh
+    return affine(x, params.w_ih, b)
+
+
+def elman_mix(params: ElmanParams, carry: ElmanCarry, zx: Array) -> Array:
+    """Computes the recurrent product ``h @ w_hh``, ``[..., H]``."""
+    del zx
+    return carry.h @ params.w_hh
+
+
+def elman_step(
+    params: ElmanParams,
+    carry: ElmanCarry,
+    x: Array,
+    activation: Callable[[Array], Array] = jnp.tanh,
+) -> tuple[ElmanCarry, Array]:
+    r"""Advances a simple recurrent network by one time step.
+
+    .. math::
+        h' = \tanh(x W_{ih} + h W_{hh} + b)
+
+    Args:
+      params: ``w_ih [D, H]``, ``w_hh [H, H]``, ``b [H]``.
+      carry: ``h`` of the step before, ``[..., H]``.
+      x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+      activation: replaces the tanh.
+
+    Returns:
+      The new carry, and the output ``[..., H]``, which is the new ``h``.
+
+    Example:
+      >>> cell, x = jlstm.Elman(8), jnp.ones((2, 3))
+      >>> params = cell.init(jax.random.key(0), x)
+      >>> carry, y = jlstm.elman_step(params, cell.init_carry(params, (2,)), x)
+      >>> y.shape
+      (2, 8)
+
+    References:
+      Elman, Finding structure in time, 1990.
+    """
+    zx = elman_project(params, x)
+    h = activation(zx + elman_mix(params, carry, zx))
+    return ElmanCarry(h), h
+
+
+@config
+class Elman:
+    """Simple recurrent network; see :func:`jlstm.elman_step` for the formula.
+
+    Attributes:
+      hidden_size: ``H``.
+      activation: ``jnp.tanh``, ``jax.nn.relu``, or any module-level function.
+      double_bias: adds a second bias, as PyTorch has it.
+      learned_carry: learns the fresh carry, which starts at zero.
+      w_ih_init: initialiser of ``w_ih``.
+      w_hh_init: initialiser of ``w_hh``.
+      b_init: initialiser of the biases.
+
+    Example:
+      >>> layer = jlstm.RNN(jlstm.Elman(8, activation=jax.nn.relu))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), xs), xs)
+      >>> ys.shape
+      (2, 5, 8)
+    """
+
+    hidden_size: int
+    activation: Callable[[Array], Array] = jnp.tanh
+    double_bias: bool = False
+    learned_carry: bool = False
+    w_ih_init: Initializer = initialisers.glorot_uniform
+    w_hh_init: Initializer = initialisers.orthogonal
+    b_init: Initializer = initialisers.zeros
+
+    project = staticmethod(elman_project)
+    mix = staticmethod(elman_mix)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden_size")
+
+    def update(
+        self, params: ElmanParams, carry: ElmanCarry, zx: Array, zh: Array
+    ) -> tuple[ElmanCarry, Array]:
+        """Applies the activation to ``zx + zh``, ``[..., H]``."""
+        del params, carry
+        h = self.activation(zx + zh)
+        return ElmanCarry(h), h
+
+    def step(
+        self, params: ElmanParams, carry: ElmanCarry, x: Array
+    ) -> tuple[ElmanCarry, Array]:
+        """Advances one step."""
+        return elman_step(params, carry, x, self.activation)
+
+    def init(self, key: Array, x: Array) -> ElmanParams:
+        """Makes params for inputs like ``x [..., D]``."""
+        keys = jax.random.split(key, 4)
+        size, dtype = self.hidden_size, float_dtype(x)
+        return ElmanParams(
+            w_ih=self.w_ih_init(keys[0], (x.shape[-1], size), dtype),
+            w_hh=self.w_hh_init(keys[1], (size, size), dtype),
+            b=self.b_init(keys[2], (size,), dtype),
+            b_hh=self.b_init(keys[3], (size,), dtype) if self.double_bias else None,
+            h0=jnp.zeros((size,), dtype) if self.learned_carry else None,
+        )
+
+    def init_carry(
+        self, params: ElmanParams, batch_shape: tuple[int, ...]
+    ) -> ElmanCarry:
+        """Makes the fresh carry, ``[*batch_shape, H]``."""
+        zeros = jnp.zeros((params.w_hh.shape[0],), params.w_hh.dtype)
+        h0 = zeros if params.h0 is None else params.h0
+        return ElmanCarry(jnp.broadcast_to(h0, (*batch_shape, *h0.shape)))

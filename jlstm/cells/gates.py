@@ -1,0 +1,63 @@
+"""Arithmetic that cell authors share: affine maps and gate activations."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlstm.types import Array
+
+
+def affine(x: Array, w: Array, b: Array | None = None) -> Array:
+    """Computes ``x @ w + b`` for ``x [..., D]``, ``w [D, G]``, ``b [G]``.
+
+    Example:
+      >>> jlstm.affine(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones(4)).shape
+      (2, 4)
+    """
+    z = x @ w
+    return z if b is None else add_vector(z, b)
+
+
+def add_vector(z: Array, b: Array) -> Array:
+    """Adds ``b [G]`` to ``z [..., G]``, legal where rank promotion is refused."""
+    return z + b.reshape((1,) * (z.ndim - 1) + b.shape)
+
+
+def gates(z: Array, kinds: str) -> tuple[Array, ...]:
+    r"""Splits pre-activations into gates and applies their activations.
+
+    One :math:`\tanh` over the whole block, since
+    :math:`\sigma(x) = \tfrac12 + \tfrac12 \tanh(x/2)`: XLA vectorises it where it does
+    not vectorise a sigmoid of a slice.
+
+    Args:
+      z: pre-activations ``[..., len(kinds) * H]``.
+      kinds: one letter a gate, ``s`` for a sigmoid and ``t`` for a tanh.
+
+    Returns:
+      One array ``[..., H]`` a gate.
+
+    Raises:
+      ValueError: another letter, or a last axis that does not divide.
+
+    Example:
+      >>> i, f, g, o = jlstm.gates(jnp.zeros((2, 12)), "ssts")
+      >>> float(i[0, 0]), float(g[0, 0])
+      (0.5, 0.0)
+    """
+    count = len(kinds)
+    if not kinds or set(kinds) - set("st"):
+        raise ValueError(f"gates: kinds must be letters s and t, got {kinds!r}")
+    if z.shape[-1] % count:
+        raise ValueError(
+            f"gates: the last axis must be a multiple of {count} ({kinds!r}), got "
+            f"{list(z.shape)}"
+        )
+    if set(kinds) == {"t"}:
+        return tuple(jnp.split(jnp.tanh(z), count, axis=-1))
+    sigmoid = np.repeat([kind == "s" for kind in kinds], z.shape[-1] // count)
+    sigmoid = sigmoid.reshape((1,) * (z.ndim - 1) + sigmoid.shape)
+    scale = jnp.asarray(np.where(sigmoid, 0.5, 1.0), z.dtype)
+    shift = jnp.asarray(np.where(sigmoid, 0.5, 0.0), z.dtype)
+    return tuple(jnp.split(jnp.tanh(z * scale) * scale + shift, count, axis=-1))

@@ -1,0 +1,212 @@
+"""Gated recurrent unit, with the reset gate after or before the recurrent product."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jlstm import init as initialisers
+from jlstm.cells.gates import add_vector, affine, gates
+from jlstm.init import per_gate
+from jlstm.types import Array, Initializer, check_positive, config, float_dtype
+
+
+@struct.dataclass
+class GRUParams:
+    """Weights of a GRU; gates in the order r, z, n."""
+
+    w_ih: Array  # [D, 3H]
+    w_hh: Array  # [H, 3H]
+    b: Array  # [3H]
+    b_hh: Array | None = None  # [3H] with a second bias, else [H], inside r * (.)
+    h0: Array | None = None  # [H], the learned fresh carry
+
+
+class GRUCarry(NamedTuple):
+    """Carry of a GRU."""
+
+    h: Array  # [..., H]
+
+
+def gru_project(params: GRUParams, x: Array) -> Array:
+    """Computes the part of the pre-activations that depends on ``x`` alone."""
+    return affine(x, params.w_ih, params.b)
+
+
+def gru_mix(params: GRUParams, carry: GRUCarry, zx: Array) -> Array:
+    """Computes the recurrent product with its bias, ``[..., 3H]``."""
+    del zx
+    zh, b = carry.h @ params.w_hh, params.b_hh
+    if b is None:
+        return zh
+    return add_vector(zh, jnp.pad(b, (zh.shape[-1] - b.shape[0], 0)))
+
+
+def gru_update(
+    params: GRUParams, carry: GRUCarry, zx: Array, zh: Array
+) -> tuple[GRUCarry, Array]:
+    """Applies the gates to ``zx [..., 3H]`` and ``zh [..., 3H]``."""
+    del params
+    size = carry.h.shape[-1]
+    r, z = gates(zx[..., : 2 * size] + zh[..., : 2 * size], "ss")
+    n = jnp.tanh(zx[..., 2 * size :] + r * zh[..., 2 * size :])
+    h = n + z * (carry.h - n)
+    return GRUCarry(h), h
+
+
+def gru_step(params: GRUParams, carry: GRUCarry, x: Array) -> tuple[GRUCarry, Array]:
+    r"""Advances a GRU, reset gate after the recurrent product, by one time step.
+
+    .. math::
+        r, z &= \sigma(x W_{ih}^{r,z} + h W_{hh}^{r,z} + b^{r,z}) \\
+        n &= \tanh(x W_{ih}^n + b^n + r \odot (h W_{hh}^n + b_{hh}^n)) \\
+        h' &= (1 - z) \odot n + z \odot h
+
+    Args:
+      params: ``w_ih [D, 3H]``, ``w_hh [H, 3H]``, ``b [3H]``, ``b_hh [H]`` or ``[3H]``.
+      carry: ``h`` of the step before, ``[..., H]``.
+      x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+
+    Returns:
+      The new carry, and the output ``[..., H]``, which is the new ``h``.
+
+    Example:
+      >>> cell, x = jlstm.GRU(8), jnp.ones((2, 3))
+      >>> params = cell.init(jax.random.key(0), x)
+      >>> carry, y = jlstm.gru_step(params, cell.init_carry(params, (2,)), x)
+      >>> y.shape
+      (2, 8)
+
+    References:
+      Cho et al., 2014; the form with one product is cuDNN's.
+    """
+    zx = gru_project(params, x)
+    return gru_update(params, carry, zx, gru_mix(params, carry, zx))
+
+
+def gru_reset_before_mix(params: GRUParams, carry: GRUCarry, zx: Array) -> Array:
+    """Computes the recurrent product of r and z, ``[..., 2H]``."""
+    del zx
+    size = params.w_hh.shape[0]
+    b = None if params.b_hh is None else params.b_hh[: 2 * size]
+    return affine(carry.h, params.w_hh[:, : 2 * size], b)
+
+
+def gru_reset_before_update(
+    params: GRUParams, carry: GRUCarry, zx: Array, zh: Array
+) -> tuple[GRUCarry, Array]:
+    """Applies the gates to ``zx [..., 3H]`` and ``zh [..., 2H]``."""
+    size = carry.h.shape[-1]
+    r, z = gates(zx[..., : 2 * size] + zh, "ss")
+    b = None if params.b_hh is None else params.b_hh[2 * size :]
+    n = zx[..., 2 * size :] + affine(r * carry.h, params.w_hh[:, 2 * size :], b)
+    n = jnp.tanh(n)
+    h = n + z * (carry.h - n)
+    return GRUCarry(h), h
+
+
+def gru_reset_before_step(
+    params: GRUParams, carry: GRUCarry, x: Array
+) -> tuple[GRUCarry, Array]:
+    r"""Advances a GRU, reset gate before the recurrent product, by one time step.
+
+    .. math::
+        r, z &= \sigma(x W_{ih}^{r,z} + h W_{hh}^{r,z} + b^{r,z}) \\
+        n &= \tanh(x W_{ih}^n + (r \odot h) W_{hh}^n + b^n) \\
+        h' &= (1 - z) \odot n + z \odot h
+
+    Args and results are those of :func:`jlstm.gru_step`.
+
+    Example:
+      >>> cell, x = jlstm.GRU(8, reset_after=False), jnp.ones((2, 3))
+      >>> params = cell.init(jax.random.key(0), x)
+      >>> carry, y = cell.step(params, cell.init_carry(params, (2,)), x)
+      >>> y.shape
+      (2, 8)
+
+    References:
+      Cho et al., 2014, version 3 and later.
+    """
+    zx = gru_project(params, x)
+    zh = gru_reset_before_mix(params, carry, zx)
+    return gru_reset_before_update(params, carry, zx, zh)
+
+
+@config
+class GRU:
+    """Gated recurrent unit; see :func:`jlstm.gru_step` for the formula.
+
+    Attributes:
+      hidden_size: ``H``.
+      reset_after: applies the reset gate after the recurrent product (cuDNN, PyTorch,
+        Keras' default); false is the published form, :func:`gru_reset_before_step`.
+      double_bias: adds a second bias to every gate, as PyTorch has it.
+      learned_carry: learns the fresh carry, which starts at zero.
+      w_ih_init: initialiser of ``w_ih``, gate by gate.
+      w_hh_init: initialiser of ``w_hh``, gate by gate.
+      b_init: initialiser of the biases.
+
+    Example:
+      >>> layer = jlstm.RNN(jlstm.GRU(8))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), xs), xs)
+      >>> ys.shape, carry.h.shape
+      ((2, 5, 8), (2, 8))
+    """
+
+    hidden_size: int
+    reset_after: bool = True
+    double_bias: bool = False
+    learned_carry: bool = False
+    w_ih_init: Initializer = initialisers.glorot_uniform
+    w_hh_init: Initializer = initialisers.orthogonal
+    b_init: Initializer = initialisers.zeros
+
+    project = staticmethod(gru_project)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden_size")
+
+    def mix(self, params: GRUParams, carry: GRUCarry, zx: Array) -> Array:
+        """Computes the recurrent product."""
+        mix = gru_mix if self.reset_after else gru_reset_before_mix
+        return mix(params, carry, zx)
+
+    def update(
+        self, params: GRUParams, carry: GRUCarry, zx: Array, zh: Array
+    ) -> tuple[GRUCarry, Array]:
+        """Applies the gates."""
+        update = gru_update if self.reset_after else gru_reset_before_update
+        return update(params, carry, zx, zh)
+
+    def step(
+        self, params: GRUParams, carry: GRUCarry, x: Array
+    ) -> tuple[GRUCarry, Array]:
+        """Advances one step."""
+        step = gru_step if self.reset_after else gru_reset_before_step
+        return step(params, carry, x)
+
+    def init(self, key: Array, x: Array) -> GRUParams:
+        """Makes params for inputs like ``x [..., D]``."""
+        keys = jax.random.split(key, 4)
+        size, dtype = self.hidden_size, float_dtype(x)
+        b_hh = None
+        if self.double_bias or self.reset_after:
+            gate_count = 3 if self.double_bias else 1
+            b_hh = per_gate(self.b_init, keys[3], gate_count, (size,), dtype)
+        return GRUParams(
+            w_ih=per_gate(self.w_ih_init, keys[0], 3, (x.shape[-1], size), dtype),
+            w_hh=per_gate(self.w_hh_init, keys[1], 3, (size, size), dtype),
+            b=per_gate(self.b_init, keys[2], 3, (size,), dtype),
+            b_hh=b_hh,
+            h0=jnp.zeros((size,), dtype) if self.learned_carry else None,
+        )
+
+    def init_carry(self, params: GRUParams, batch_shape: tuple[int, ...]) -> GRUCarry:
+        """Makes the fresh carry, ``[*batch_shape, H]``."""
+        zeros = jnp.zeros((params.w_hh.shape[0],), params.w_hh.dtype)
+        h0 = zeros if params.h0 is None else params.h0
+        return GRUCarry(jnp.broadcast_to(h0, (*batch_shape, *h0.shape)))

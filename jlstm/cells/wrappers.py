@@ -1,0 +1,108 @@
+"""Cell to cell: a wrapper is a cell, and is gated if its inner cell is."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jlstm.types import Array, Cell, Policy, PyTree, cast, config, gated
+
+
+class PrecisionParams(NamedTuple):
+    """Params in the dtypes of a policy, cast once a sequence."""
+
+    compute: PyTree
+    gates: PyTree
+
+
+@config
+class Precision:
+    """Runs a cell under a dtype policy; layers make it from their ``policy``.
+
+    Products are computed in ``policy.compute``. Pre-activations, and the params that
+    gates read, are in ``policy.accumulate`` (else ``policy.carry``, else ``compute``).
+    A cell without a gated form runs as a whole in ``compute``.
+
+    Example:
+      >>> cell = jlstm.Precision(jlstm.LSTM(8), jlstm.Policy(compute=jnp.bfloat16))
+      >>> params = cell.init(jax.random.key(0), jnp.ones((2, 3)))
+      >>> ys, _ = jlstm.unroll(cell, params, jnp.ones((2, 5, 3)))
+      >>> ys.dtype.name
+      'bfloat16'
+    """
+
+    cell: Any
+    policy: Policy
+
+    @property
+    def gated(self) -> bool:
+        """Whether the inner cell is gated."""
+        return gated(self.cell)
+
+    @property
+    def x_ndim(self) -> int:
+        """Feature dimensions of the inner cell's input."""
+        return getattr(self.cell, "x_ndim", 1)
+
+    @property
+    def _gates_dtype(self) -> Any:
+        policy = self.policy
+        return policy.accumulate or policy.carry or policy.compute
+
+    def init(self, key: Array, x: PyTree) -> PyTree:
+        """Makes params, in ``policy.param``."""
+        param = self.policy.param
+        return cast(self.cell.init(key, cast(x, param)), param)
+
+    def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> PyTree:
+        """Makes the fresh carry, in ``policy.carry``."""
+        return cast(self.cell.init_carry(params, batch_shape), self.policy.carry)
+
+    def prepare(
+        self, params: PyTree, xs: PyTree, *, key: Array | None = None
+    ) -> tuple[PrecisionParams, PyTree]:
+        """Casts params and inputs once, outside the loop."""
+        params, xs = cast((params, xs), self.policy.compute)
+        params, xs = prepare(self.cell, params, xs, key)
+        return PrecisionParams(params, cast(params, self._gates_dtype)), xs
+
+    def project(self, params: PrecisionParams, x: PyTree) -> PyTree:
+        """Projects in ``compute``, and hands on in ``accumulate``."""
+        return cast(self.cell.project(params.compute, x), self._gates_dtype)
+
+    def mix(self, params: PrecisionParams, carry: PyTree, zx: PyTree) -> PyTree:
+        """Mixes in ``compute``, and hands on in ``accumulate``."""
+        carry, zx = cast((carry, zx), self.policy.compute)
+        return cast(self.cell.mix(params.compute, carry, zx), self._gates_dtype)
+
+    def update(
+        self, params: PrecisionParams, carry: PyTree, zx: PyTree, zh: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Applies the gates in ``accumulate``."""
+        carry = cast(carry, self._gates_dtype)
+        return self._out(*self.cell.update(params.gates, carry, zx, zh))
+
+    def step(
+        self, params: PrecisionParams, carry: PyTree, x: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Advances one step."""
+        if self.gated:
+            zx = self.project(params, x)
+            return self.update(params, carry, zx, self.mix(params, carry, zx))
+        carry = cast(carry, self.policy.compute)
+        return self._out(*self.cell.step(params.compute, carry, x))
+
+    def _out(self, carry: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        return cast(carry, self.policy.carry), cast(y, self.policy.compute)
+
+
+def prepare(
+    cell: Cell, params: PyTree, xs: PyTree, key: Array | None = None
+) -> tuple[PyTree, PyTree]:
+    """Calls ``cell.prepare`` where a cell has one; a wrapper calls it on its cell.
+
+    Example:
+      >>> jlstm.prepare(jlstm.LSTM(8), "params", "xs")
+      ('params', 'xs')
+    """
+    method = getattr(cell, "prepare", None)
+    return (params, xs) if method is None else method(params, xs, key=key)

@@ -1,0 +1,401 @@
+"""The public door to a recurrence: checks, fits, cleans, chooses, runs, explains."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+from jlstm.cells.wrappers import prepare
+from jlstm.kernels import IMPLEMENTATIONS
+from jlstm.types import Array, Cell, PyTree, where_rows, zero_rows
+
+# Where in a tree of layers the running call stands, for error messages.
+_path: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
+    "path", default=()
+)
+
+
+@contextlib.contextmanager
+def at(name: str) -> Iterator[None]:
+    """Names a place in a tree of layers, for the errors raised inside."""
+    token = _path.set((*_path.get(), name))
+    try:
+        yield
+    finally:
+        _path.reset(token)
+
+
+def path() -> tuple[str, ...]:
+    """The names of the places around the running call, outermost first."""
+    return _path.get()
+
+
+def error(where: str, message: str) -> ValueError:
+    """Makes a ``ValueError`` that begins with the path of layers and ``where``."""
+    places = [place for place in (*path(), where) if place]
+    return ValueError(f"{'.'.join(places)}: {message}")
+
+
+def unroll(
+    cell: Cell,
+    params: PyTree,
+    xs: PyTree,
+    carry: PyTree = None,
+    *,
+    lengths: Array | None = None,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    key: Array | None = None,
+    reverse: bool = False,
+    return_carries: bool = False,
+    implementation: str | None = None,
+) -> tuple[PyTree, ...]:
+    r"""Runs a cell over a batch of sequences.
+
+    .. math::
+        s_t, y_t = \mathrm{step}(\theta, s_{t-1}, x_t), \qquad t = 1 \dots T
+
+    A masked step holds the carry and emits exact zeros; whatever stands in the padding,
+    NaN included, changes no output and no gradient.
+
+    Args:
+      cell: the recurrence.
+      params: its params.
+      xs: inputs ``[B, T, D]``, or a pytree of ``[B, T, ...]``.
+      carry: the incoming carry, ``[B, ...]``; ``None`` means the fresh one.
+      lengths: valid steps of each row, ``[B]`` integers; the rest is padding.
+      mask: true at valid steps, ``[B, T]`` booleans; padding may be anywhere. Give
+        ``lengths`` or ``mask``, not both.
+      resets: ``[B, T]`` booleans; ``resets[b, t]`` marks a boundary between t-1 and t
+        and restores the fresh carry there, in both directions, also at masked steps.
+      key: draws the cell's noise; ``None`` is the deterministic form.
+      reverse: runs from each row's last valid step to the first; outputs stay in the
+        order of the inputs.
+      return_carries: also returns the carry after each step.
+      implementation: ``"fused"`` or ``"scan"``; ``None`` chooses (see :func:`explain`).
+
+    Returns:
+      ``(ys, carry)``: outputs ``[B, T, H]``; the carry after the last valid step, of a
+      row of length 0 the incoming carry. With ``return_carries`` also the carries,
+      ``[B, T, ...]``.
+
+    Raises:
+      ValueError: a shape, dtype or value does not fit, or the implementation is
+        unknown.
+      NotImplementedError: the named implementation cannot run this cell.
+
+    Example:
+      >>> cell, xs = jlstm.LSTM(8), jnp.ones((2, 5, 3))
+      >>> params = cell.init(jax.random.key(0), xs[:, 0])
+      >>> ys, carry = jlstm.unroll(cell, params, xs, lengths=jnp.array([5, 2]))
+      >>> bool((ys[1, 2:] == 0).all()), bool((ys[1, 1] == carry.h[1]).all())
+      (True, True)
+    """
+    check_hashable(cell, "unroll")
+    batch, time = _check_xs(cell, xs)
+    mask = valid_steps((batch, time), lengths=lengths, mask=mask, resets=resets)
+    _check_carry(cell, params, carry, batch)
+    return _unroll(
+        Call(cell, choose(cell, implementation), reverse, return_carries),
+        params,
+        xs,
+        carry,
+        mask,
+        resets,
+        key,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is static in a call of :func:`unroll`; equal calls compile once."""
+
+    cell: Any
+    implementation: str
+    reverse: bool
+    return_carries: bool
+
+
+@partial(jax.jit, static_argnums=0)
+def _unroll(
+    call: Call,
+    params: PyTree,
+    xs: PyTree,
+    carry: PyTree,
+    mask: Array | None,
+    resets: Array | None,
+    key: Array | None,
+) -> tuple[PyTree, ...]:
+    cell = call.cell
+    xs = zero_rows(mask, xs)
+    run_params, xs = prepare(cell, params, xs, key)
+    batch = jax.tree.leaves(xs)[0].shape[0]
+    fresh = cell.init_carry(params, (batch,))
+    # The fresh carry's dtypes first, so that a float32 carry may meet float64 params.
+    carry = fresh if carry is None else _cast_like(carry, fresh)
+    fresh, carry = _fit(cell, run_params, xs, fresh, carry)
+
+    before, last = resets, None
+    if resets is not None and call.reverse:
+        # A boundary between t-1 and t comes after t, that is, before step t-1 is taken.
+        last = resets[:, 0] if resets.shape[1] else None
+        before = jnp.roll(resets, -1, axis=1).at[:, -1].set(False)
+    ys, carry, carries = IMPLEMENTATIONS[call.implementation].unroll(
+        cell,
+        run_params,
+        _time_major(xs),
+        carry,
+        fresh,
+        mask=_time_major(mask),
+        resets=_time_major(before),
+        reverse=call.reverse,
+        return_carries=call.return_carries,
+    )
+    if last is not None:
+        carry = where_rows(last, fresh, carry)
+    out = (_time_major(ys), carry)
+    return (*out, _time_major(carries)) if call.return_carries else out
+
+
+def _time_major(tree: PyTree) -> PyTree:
+    """Swaps the first two axes, which undoes itself."""
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tree)
+
+
+def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), tree, like)
+
+
+def _fit(cell: Cell, params: PyTree, xs: PyTree, *carries: PyTree) -> list[PyTree]:
+    """Gives carries the type that a step returns, as a loop demands.
+
+    A ``jnp.zeros`` has neither the dtype of a promoted sum nor, under a mesh with
+    explicit axes, the sharding of the data.
+    """
+
+    def first(leaf: Array) -> Array:
+        if leaf.shape[1]:
+            return leaf[:, 0]
+        return jnp.zeros((leaf.shape[0], *leaf.shape[2:]), leaf.dtype)
+
+    def step(params: PyTree, carry: PyTree, xs: PyTree) -> PyTree:
+        return cell.step(params, carry, jax.tree.map(first, xs))[0]
+
+    fresh = carries[0]
+    try:
+        out = jax.eval_shape(step, params, fresh, xs)
+    except (TypeError, ValueError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise error(
+            "unroll",
+            f"{cell!r} cannot take a step on x {shapes(xs, drop=1)} with these params "
+            f"and carry {shapes(fresh)}: {reason}",
+        ) from problem
+    _check_like("unroll: the carry that step returned", out, fresh)
+
+    def fit(leaf: Array, like: Any) -> Array:
+        leaf = leaf.astype(like.dtype)
+        spec = getattr(like.sharding, "spec", None)
+        if spec is None or AxisType.Explicit not in like.sharding.mesh.axis_types:
+            return leaf
+        return jax.sharding.reshard(leaf, spec)
+
+    return [jax.tree.map(fit, carry, out) for carry in carries]
+
+
+# Checks. Values can be looked at only where they are concrete; shapes and dtypes always.
+
+
+def shapes(tree: PyTree, drop: int = 0) -> str:
+    """Writes the shapes of a tree's leaves, without ``drop`` axes after the batch."""
+    found = [list(x.shape[:1] + x.shape[1 + drop :]) for x in jax.tree.leaves(tree)]
+    return str(found[0]) if len(found) == 1 else str(found)
+
+
+def check_hashable(config: Any, where: str) -> None:
+    """Refuses a cell or layer that cannot be a static argument.
+
+    Raises:
+      ValueError: it has no hash.
+    """
+    try:
+        hash(config)
+    except TypeError as problem:
+        raise error(
+            where,
+            f"{type(config).__name__} must be hashable, got {problem}; make it a frozen "
+            "dataclass whose fields are numbers, strings, tuples or module-level "
+            "functions",
+        ) from None
+
+
+def is_concrete(x: Any) -> bool:
+    """Tells whether values can be looked at."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def batch_and_time(xs: PyTree, where: str) -> tuple[int, int]:
+    """Returns ``(B, T)`` of a tree of ``[B, T, ...]``.
+
+    Raises:
+      ValueError: no leaves, a leaf of fewer than two axes, or leaves that disagree.
+    """
+    leaves = jax.tree.leaves(xs)
+    if not leaves or any(leaf.ndim < 2 for leaf in leaves):
+        raise error(where, f"xs must be [B, T, ...], got shape {shapes(xs)}")
+    if len({leaf.shape[:2] for leaf in leaves}) > 1:
+        raise error(
+            where, f"all leaves of xs must begin with the same [B, T], got {shapes(xs)}"
+        )
+    return leaves[0].shape[:2]
+
+
+def _check_xs(cell: Cell, xs: PyTree) -> tuple[int, int]:
+    batch, time = batch_and_time(xs, "unroll")
+    leaves = jax.tree.leaves(xs)
+    features = getattr(cell, "x_ndim", 1)
+    if len(leaves) == 1 and leaves[0].ndim != 2 + features:
+        expected = "[B, T" + {0: "]", 1: ", D]"}.get(features, ", ...]")
+        raise error(
+            "unroll",
+            f"xs must be {expected}, got shape {leaves[0].shape}; {cell!r} takes x of "
+            f"{features} feature dimensions (its attribute x_ndim)",
+        )
+    return batch, time
+
+
+def valid_steps(
+    shape: tuple[int, int],
+    *,
+    lengths: Array | None = None,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    where: str = "unroll",
+) -> Array | None:
+    """Checks lengths, mask and resets against ``(B, T)``, and returns the mask.
+
+    Returns:
+      ``[B, T]`` booleans, or ``None`` if every step is valid.
+
+    Raises:
+      ValueError: both are given; a wrong shape or dtype; a concrete length out of
+        range. In a trace lengths are clipped.
+    """
+    batch, time = shape
+    for name, flags in (("mask", mask), ("resets", resets)):
+        if flags is not None and (flags.shape != shape or flags.dtype != bool):
+            raise error(
+                where,
+                f"{name} must be [B, T]=[{batch}, {time}] bool, got "
+                f"{list(flags.shape)} {flags.dtype}",
+            )
+    if lengths is None:
+        return mask
+    if mask is not None:
+        raise error(where, "give lengths or mask, not both")
+    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise error(
+            where,
+            f"lengths must be [B]=[{batch}] integers, got "
+            f"{list(lengths.shape)} {lengths.dtype}",
+        )
+    if is_concrete(lengths) and batch:
+        low, high = int(np.min(lengths)), int(np.max(lengths))
+        if low < 0 or high > time:
+            raise error(
+                where,
+                f"lengths must lie in 0..T={time}, got values from {low} to {high}",
+            )
+    steps = jnp.arange(time, dtype=lengths.dtype)
+    return steps[None, :] < lengths[:, None]
+
+
+def _check_carry(cell: Cell, params: PyTree, carry: PyTree, batch: int) -> None:
+    if carry is None:
+        return
+    fresh = jax.eval_shape(lambda p: cell.init_carry(p, (batch,)), params)
+    _check_like("unroll: carry", carry, fresh)
+
+
+def _check_like(what: str, tree: PyTree, like: PyTree) -> None:
+    where, _, name = what.partition(": ")
+    got, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    if got != expected:
+        raise error(where, f"{name} must have the structure {expected}, got {got}")
+    pairs = zip(jax.tree.leaves_with_path(like), jax.tree.leaves(tree), strict=True)
+    for (path, a), b in pairs:
+        if a.shape != jnp.shape(b):
+            leaf = name + jax.tree_util.keystr(path)
+            raise error(
+                where, f"{leaf} must be {list(a.shape)}, got {list(jnp.shape(b))}"
+            )
+
+
+# The choice of an implementation.
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which implementation runs, and why the others do not."""
+
+    implementation: str
+    others: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.implementation} runs"]
+        return "\n".join(
+            lines + [f"{name} does not: {why}" for name, why in self.others]
+        )
+
+
+def explain(cell: Cell, *, implementation: str | None = None) -> Explanation:
+    """Says which implementation :func:`unroll` would run, and why not the others.
+
+    Raises:
+      ValueError: the implementation is unknown.
+      NotImplementedError: the named implementation cannot run this cell.
+
+    Example:
+      >>> print(jlstm.explain(jlstm.LSTM(8)))
+      fused runs
+      scan does not: fused comes first; scan also has forward mode (jvp)
+    """
+    chosen = choose(cell, implementation)
+    others = []
+    for name, kernel in IMPLEMENTATIONS.items():
+        if name != chosen:
+            why = kernel.why_not(cell) or (
+                f"{chosen} was named" if implementation else f"{chosen} comes first"
+            )
+            if name == "scan":
+                why += "; scan also has forward mode (jvp)"
+            others.append((name, why))
+    return Explanation(chosen, tuple(others))
+
+
+def choose(cell: Cell, implementation: str | None) -> str:
+    """Returns the name of the implementation to run; a named one never falls back."""
+    if implementation is None:
+        able = (name for name, k in IMPLEMENTATIONS.items() if not k.why_not(cell))
+        return next(able)
+    if implementation not in IMPLEMENTATIONS:
+        names = ", ".join(repr(name) for name in IMPLEMENTATIONS)
+        raise error(
+            "unroll", f"implementation must be one of {names}, got {implementation!r}"
+        )
+    reason = IMPLEMENTATIONS[implementation].why_not(cell)
+    if reason is not None:
+        raise NotImplementedError(
+            f"{implementation}: {reason}; use implementation='scan', or None to choose"
+        )
+    return implementation

@@ -1,0 +1,11 @@
+"""One sequence, one cell: interchangeable loops, each tested against ``scan``.
+
+A kernel is a module with ``unroll`` (the signature of :func:`jlstm.kernels.scan.unroll`)
+and ``why_not(cell)``, which gives the reason why it cannot run a cell, or ``None``.
+"""
+
+from jlstm.kernels import fused, scan
+
+IMPLEMENTATIONS = {"fused": fused, "scan": scan}
+
+__all__ = ["IMPLEMENTATIONS"]

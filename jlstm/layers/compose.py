@@ -1,0 +1,435 @@
+"""Layers made of layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jlstm import door
+from jlstm.layers.recurrent import (
+    RNN,
+    check_layer_field,
+    mask_of,
+    rows,
+    run_layer,
+    take_valid,
+)
+from jlstm.types import Array, Layer, PyTree, config, zero_rows
+
+Pooling = Literal["last", "first", "mean", "max", "sum"]
+
+
+@config
+class Stack:
+    """Layers one after another; see :func:`jlstm.stack`."""
+
+    layers: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("stack: needs at least one layer")
+        for i, layer in enumerate(self.layers):
+            check_layer_field(f"stack: layers[{i}]", layer)
+
+    def __repr__(self) -> str:
+        return f"stack({', '.join(map(repr, self.layers))})"
+
+    @property
+    def causal(self) -> bool:
+        """Whether all layers are causal."""
+        return all(is_causal(layer) for layer in self.layers)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether all layers see one step at a time."""
+        return all(is_pointwise(layer) for layer in self.layers)
+
+    def init(self, key: Array, xs: PyTree) -> tuple[PyTree, ...]:
+        """Makes the params of each layer, from the outputs of the one before."""
+        params = []
+        for i, layer in enumerate(self.layers):
+            with door.at(f"stack[{i}]"):
+                params.append(layer.init(jax.random.fold_in(key, i), xs))
+                xs = jax.eval_shape(layer.apply, params[-1], xs)[0]
+        return tuple(params)
+
+    def init_carry(
+        self, params: tuple[PyTree, ...], batch_shape: tuple[int, ...]
+    ) -> tuple[PyTree, ...]:
+        """Makes the fresh carry of each layer."""
+        pairs = zip(self.layers, params, strict=True)
+        return tuple(layer.init_carry(p, batch_shape) for layer, p in pairs)
+
+    def retime(
+        self, lengths: Array | None, mask: Array | None, resets: Array | None
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """Retimes by each layer in turn."""
+        for layer in self.layers:
+            lengths, mask, resets = retime(layer, lengths, mask, resets)
+        return lengths, mask, resets
+
+    def check(self, xs: PyTree) -> None:
+        """Looks at concrete inputs, as the first layer does."""
+        check_input(self.layers[0], xs)
+
+    def apply(
+        self,
+        params: tuple[PyTree, ...],
+        xs: PyTree,
+        carry: tuple[PyTree, ...] | None = None,
+        *,
+        lengths: Array | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        key: Array | None = None,
+    ) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """Runs the layers; each gets a key of its own."""
+        masking = {"lengths": lengths, "mask": mask, "resets": resets, "key": key}
+        return self._enter("apply", params, xs, carry, masking)
+
+    def last(
+        self,
+        params: tuple[PyTree, ...],
+        xs: PyTree,
+        carry: tuple[PyTree, ...] | None = None,
+        **masking: Any,
+    ) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """Pools the last layer that sees more than one step, then runs the others."""
+        return self._enter("last", params, xs, carry, masking)
+
+    def _enter(
+        self,
+        method: Literal["apply", "last"],
+        params: tuple[PyTree, ...],
+        xs: PyTree,
+        carry: tuple[PyTree, ...] | None,
+        masking: dict[str, Array | None],
+    ) -> tuple[PyTree, tuple[PyTree, ...]]:
+        door.check_hashable(self, "stack")
+        for name, value in (("params", params), ("carry", carry)):
+            if value is not None and len(value) != len(self.layers):
+                raise door.error(
+                    "stack",
+                    f"{name} must have one entry a layer, {len(self.layers)}, got "
+                    f"{len(value)}",
+                )
+        valid = mask_of(xs, **masking, where="stack")
+        check_input(self, zero_rows(valid, xs))
+        # A summary needs the layers to run, not a compiled copy of them.
+        run = _run_stack if rows() is None else _run_stack.__wrapped__
+        return run(self, method, params, xs, carry, masking)
+
+    def _run(
+        self,
+        method: Literal["apply", "last"],
+        params: tuple[PyTree, ...],
+        xs: PyTree,
+        carry: tuple[PyTree, ...] | None,
+        masking: dict[str, Array | None],
+    ) -> tuple[PyTree, tuple[PyTree, ...]]:
+        masking = dict(masking)
+        key = masking.pop("key", None)
+        carry = (None,) * len(self.layers) if carry is None else carry
+        pooled_at = len(self.layers)
+        if method == "last":
+            seeing = [i for i, m in enumerate(self.layers) if not is_pointwise(m)]
+            pooled_at = seeing[-1] if seeing else 0
+        carries = []
+        for i, layer in enumerate(self.layers):
+            layer_key = None if key is None else jax.random.fold_in(key, i)
+            args = (f"stack[{i}]", layer, params[i], xs, carry[i])
+            after = retime(layer, **masking)
+            if i == pooled_at:
+                # One step is left, which a row without valid steps does not have.
+                xs, new = last(*args, key=layer_key, **masking)
+                xs = jax.tree.map(lambda leaf: leaf[:, None], xs)
+                after = (None, _any_valid(*after[:2]), None)
+            else:
+                xs, new = run_layer(*args, key=layer_key, **masking)
+            masking = dict(zip(masking, after, strict=True))
+            carries.append(new)
+        if method == "last":
+            xs = jax.tree.map(lambda leaf: leaf[:, 0], xs)
+        return xs, tuple(carries)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run_stack(stack: Stack, method: Any, *args: Any) -> Any:
+    return stack._run(method, *args)
+
+
+def _any_valid(lengths: Array | None, mask: Array | None) -> Array | None:
+    if lengths is not None:
+        return lengths[:, None] > 0
+    return None if mask is None else mask.any(1, keepdims=True)
+
+
+def stack(*layers: Layer) -> Stack:
+    """Runs layers one after another; params and carry are tuples, one entry a layer.
+
+    A stack is a layer: stacks nest. No layer declares its input size; ``init`` finds it.
+
+    Raises:
+      TypeError: something is not a layer, such as a bare cell.
+      ValueError: no layers.
+
+    Example:
+      >>> layer = jlstm.stack(jlstm.Embed(10, 4), jlstm.RNN(jlstm.LSTM(8)))
+      >>> tokens = jnp.array([[1, 2, 3]])
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), tokens), tokens)
+      >>> ys.shape, carry[1].h.shape
+      ((1, 3, 8), (1, 8))
+    """
+    return Stack(layers)
+
+
+@config
+class Residual:
+    r"""Adds a layer's input to its output, :math:`y_t = x_t + f(x)_t`.
+
+    Example:
+      >>> layer, xs = jlstm.Residual(jlstm.RNN(jlstm.LSTM(3))), jnp.ones((2, 5, 3))
+      >>> layer.apply(layer.init(jax.random.key(0), xs), xs)[0].shape
+      (2, 5, 3)
+
+    References:
+      He et al., Deep residual learning, 2016.
+    """
+
+    layer: Any
+
+    def __post_init__(self) -> None:
+        check_layer_field("Residual.layer", self.layer)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the inner layer is causal."""
+        return is_causal(self.layer)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the inner layer sees one step at a time."""
+        return is_pointwise(self.layer)
+
+    def init(self, key: Array, xs: PyTree) -> PyTree:
+        """Makes the inner layer's params."""
+        return self.layer.init(key, xs)
+
+    def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> PyTree:
+        """Makes the inner layer's fresh carry."""
+        return self.layer.init_carry(params, batch_shape)
+
+    def apply(
+        self, params: PyTree, xs: PyTree, carry: PyTree = None, **masking: Any
+    ) -> tuple[PyTree, PyTree]:
+        """Runs the inner layer and adds its input, which must have the same shape."""
+        mask = mask_of(xs, **masking, where="Residual")
+        ys, carry = run_layer("Residual", self.layer, params, xs, carry, **masking)
+        if door.shapes(ys) != door.shapes(xs):
+            raise door.error(
+                "Residual",
+                f"{self.layer!r} must return the shape of its input, "
+                f"{door.shapes(xs)}, got {door.shapes(ys)}; put Dense(size) before it",
+            )
+        return jax.tree.map(jnp.add, zero_rows(mask, xs), ys), carry
+
+
+def pool(
+    layer: Layer,
+    params: PyTree,
+    xs: PyTree,
+    carry: PyTree = None,
+    *,
+    kind: Pooling = "last",
+    name: str = "pool",
+    lengths: Array | None = None,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    key: Array | None = None,
+) -> tuple[PyTree, PyTree]:
+    """Runs a layer and reduces its outputs over time, to ``[B, ...]``.
+
+    ``"last"`` is the output after the last step that each direction *processed*:
+    ``lengths - 1`` forward, the first valid step in reverse; both directions are merged
+    after that, and layers that see one step at a time run on the result. ``"first"``
+    (the first valid step), ``"mean"``, ``"max"`` and ``"sum"`` are over the valid
+    steps. A row without valid steps gives zeros.
+
+    Args:
+      layer: any layer.
+      params: its params.
+      xs: inputs ``[B, T, ...]``.
+      carry: the incoming carry; ``None`` means the fresh one.
+      kind: one of the above.
+      name: what errors and summaries call the layer.
+      lengths: as of :func:`jlstm.unroll`, as are the rest.
+      mask: as above.
+      resets: as above.
+      key: as above.
+
+    Returns:
+      ``(pooled, carry)``.
+
+    Raises:
+      ValueError: an unknown kind, or what the layer itself refuses.
+
+    Example:
+      >>> layer, xs = jlstm.bidirectional(jlstm.LSTM(8)), jnp.ones((2, 5, 3))
+      >>> params = layer.init(jax.random.key(0), xs)
+      >>> y, carry = jlstm.pool(layer, params, xs, lengths=jnp.array([5, 2]))
+      >>> bool((y == jnp.concatenate([carry.forward.h, carry.backward.h], -1)).all())
+      True
+    """
+    if kind not in get_args(Pooling):
+        names = ", ".join(repr(name) for name in get_args(Pooling))
+        raise door.error("pool", f"kind must be one of {names}, got {kind!r}")
+    masking = {"lengths": lengths, "mask": mask, "resets": resets}
+    if kind == "last":
+        return last(name, layer, params, xs, carry, key=key, **masking)
+    ys, carry = run_layer(name, layer, params, xs, carry, key=key, **masking)
+    lengths, mask, _ = retime(layer, **masking)
+    valid = mask_of(ys, lengths=lengths, mask=mask, where="pool")
+    return _reduce(ys, valid, kind), carry
+
+
+def _reduce(ys: PyTree, valid: Array | None, kind: Pooling) -> PyTree:
+    if kind == "first":
+        return take_valid(ys, valid, first=True)
+    batch, time = jax.tree.leaves(ys)[0].shape[:2]
+    if valid is None:
+        valid = jnp.ones((batch, time), bool)
+    count = valid.sum(1, dtype=jnp.int32)
+
+    def reduce(leaf: Array) -> Array:
+        flags = valid.reshape(valid.shape + (1,) * (leaf.ndim - 2))
+        some = (count > 0).reshape((-1,) + (1,) * (leaf.ndim - 2))
+        if kind == "max":
+            low = jnp.asarray(-jnp.inf, leaf.dtype)
+            highest = jnp.where(flags, leaf, low).max(1, initial=-jnp.inf)
+            return jnp.where(some, highest, jnp.zeros_like(highest))
+        total = jnp.where(flags, leaf, jnp.zeros_like(leaf)).sum(1)
+        if kind == "sum":
+            return total
+        divisor = jnp.maximum(count, 1).astype(leaf.dtype).reshape(some.shape)
+        return total / divisor
+
+    return jax.tree.map(reduce, ys)
+
+
+# What a layer may leave out, with what it means to leave it out.
+
+
+def is_causal(layer: Layer) -> bool:
+    """Tells whether outputs depend on earlier inputs only."""
+    return getattr(layer, "causal", True)
+
+
+def is_pointwise(layer: Layer) -> bool:
+    """Tells whether each output depends on the input at that step alone."""
+    return getattr(layer, "pointwise", False)
+
+
+def check_input(layer: Layer, xs: PyTree) -> None:
+    """Lets a layer look at concrete inputs before anything is traced."""
+    check = getattr(layer, "check", None)
+    if check is not None:
+        check(xs)
+
+
+def retime(
+    layer: Layer, lengths: Array | None, mask: Array | None, resets: Array | None
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Tells what lengths, mask and resets are after a layer."""
+    method = getattr(layer, "retime", None)
+    if method is None:
+        return lengths, mask, resets
+    return method(lengths, mask, resets)
+
+
+def last(
+    name: str,
+    layer: Layer,
+    params: PyTree,
+    xs: PyTree,
+    carry: PyTree = None,
+    **masking: Any,
+) -> tuple[PyTree, PyTree]:
+    """Runs a layer and takes the output after its last processed step."""
+    if hasattr(layer, "last"):
+        return run_layer(name, layer, params, xs, carry, method="last", **masking)
+    ys, carry = run_layer(name, layer, params, xs, carry, **masking)
+    masking.pop("key", None)
+    lengths, mask, _ = retime(layer, **masking)
+    return take_valid(ys, mask_of(ys, lengths=lengths, mask=mask)), carry
+
+
+def step(
+    layer: Layer,
+    params: PyTree,
+    carry: PyTree,
+    x: PyTree,
+    *,
+    reset: Array | None = None,
+    key: Array | None = None,
+) -> tuple[PyTree, PyTree]:
+    """Advances a causal layer by one step, so that a whole stack acts like a cell.
+
+    Args:
+      layer: a causal layer or model.
+      params: its params.
+      carry: the carry of the step before; ``None`` means the fresh one.
+      x: input at this step, ``[B, D]``.
+      reset: ``[B]`` booleans; rows that begin anew before this step.
+      key: draws noise; ``None`` is the deterministic form.
+
+    Returns:
+      ``(carry, y)``, the order of ``lax.scan``.
+
+    Raises:
+      ValueError: the layer is not causal.
+
+    Example:
+      >>> layer = jlstm.stack(jlstm.RNN(jlstm.LSTM(8)), jlstm.Dense(2))
+      >>> params = layer.init(jax.random.key(0), jnp.ones((1, 1, 3)))
+      >>> carry, y = jlstm.step(layer, params, None, jnp.ones((1, 3)))
+      >>> y.shape
+      (1, 2)
+    """
+    if not is_causal(layer):
+        raise door.error(
+            "step",
+            f"needs a causal layer, got {layer!r}, whose outputs need the future",
+        )
+    xs = jax.tree.map(lambda leaf: leaf[:, None], x)
+    resets = None if reset is None else reset[:, None]
+    ys, carry = layer.apply(params, xs, carry, resets=resets, key=key)
+    return carry, jax.tree.map(lambda leaf: leaf[:, 0], ys)
+
+
+def with_implementation(layer: Any, implementation: str | None) -> Any:
+    """Returns a layer or model whose recurrences all run by one implementation.
+
+    Raises:
+      ValueError: the implementation is unknown.
+      NotImplementedError: it cannot run one of the cells.
+
+    Example:
+      >>> jlstm.with_implementation(jlstm.stack(jlstm.RNN(jlstm.LSTM(8))), "scan")
+      stack(RNN(LSTM(8), implementation='scan'))
+    """
+    if isinstance(layer, RNN):
+        return dataclasses.replace(layer, implementation=implementation)
+    if isinstance(layer, tuple):
+        return tuple(with_implementation(part, implementation) for part in layer)
+    if not dataclasses.is_dataclass(layer) or isinstance(layer, type):
+        return layer
+    fields = {
+        field.name: with_implementation(getattr(layer, field.name), implementation)
+        for field in dataclasses.fields(layer)
+        if field.init
+    }
+    return dataclasses.replace(layer, **fields)

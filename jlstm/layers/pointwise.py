@@ -1,0 +1,294 @@
+"""Layers that see one step at a time, and carry nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import AxisType, PartitionSpec
+
+from jlstm import door
+from jlstm import init as initialisers
+from jlstm.cells.gates import affine
+from jlstm.layers.recurrent import mask_of
+from jlstm.types import (
+    Array,
+    Initializer,
+    PyTree,
+    check_positive,
+    config,
+    float_dtype,
+    zero_rows,
+)
+
+
+class Pointwise:
+    """What these layers share: no carry, clean input, zeros at masked steps."""
+
+    pointwise = True
+
+    def init(self, key: Array, xs: PyTree) -> PyTree:
+        """Makes no params."""
+        del key, xs
+        return ()
+
+    def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> tuple[()]:
+        """Makes the empty carry."""
+        del params, batch_shape
+        return ()
+
+    def apply(
+        self,
+        params: PyTree,
+        xs: PyTree,
+        carry: PyTree = None,
+        *,
+        lengths: Array | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        key: Array | None = None,
+    ) -> tuple[PyTree, tuple[()]]:
+        """Maps each step by itself."""
+        del carry
+        where = type(self).__name__
+        mask = mask_of(xs, lengths=lengths, mask=mask, resets=resets, where=where)
+        return zero_rows(mask, self._map(params, zero_rows(mask, xs), key)), ()
+
+    def _map(self, params: PyTree, xs: PyTree, key: Array | None) -> PyTree:
+        raise NotImplementedError
+
+
+@config
+class Dropout(Pointwise):
+    """Drops features at random and scales the rest by ``1 / (1 - rate)``.
+
+    Attributes:
+      rate: probability of a feature to be dropped.
+      shared_over_time: draws one mask for all steps of a row (Gal & Ghahramani, 2016)
+        instead of one a step.
+
+    Example:
+      >>> layer, xs = jlstm.Dropout(0.5, shared_over_time=True), jnp.ones((1, 4, 8))
+      >>> ys, _ = layer.apply((), xs, key=jax.random.key(0))
+      >>> bool((ys[:, 0] == ys[:, 3]).all()), layer.apply((), xs)[0] is xs
+      (True, True)
+    """
+
+    rate: float
+    shared_over_time: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"Dropout.rate: must be in [0, 1), got {self.rate}")
+
+    def _map(self, params: PyTree, xs: PyTree, key: Array | None) -> PyTree:
+        del params
+        if key is None or self.rate == 0:
+            return xs
+        leaves, structure = jax.tree.flatten(xs)
+        keys = jax.random.split(key, len(leaves))
+
+        def drop(leaf: Array, key: Array) -> Array:
+            time = 1 if self.shared_over_time else leaf.shape[1]
+            shape = (leaf.shape[0], time, *leaf.shape[2:])
+            keep = jax.random.bernoulli(key, 1 - self.rate, shape)
+            scale = jnp.asarray(1 / (1 - self.rate), leaf.dtype)
+            return jnp.where(keep, leaf * scale, jnp.zeros_like(leaf))
+
+        return structure.unflatten(map(drop, leaves, keys))
+
+
+@struct.dataclass
+class DenseParams:
+    """Weights of an affine map."""
+
+    w: Array  # [D, H]
+    b: Array | None  # [H]
+
+
+@config
+class Dense(Pointwise):
+    r"""Maps each step by :math:`y = \phi(x W + b)`.
+
+    Attributes:
+      size: features of the output.
+      activation: a module-level function such as ``jax.nn.relu``, or ``None``.
+      bias: adds ``b``.
+      w_init: initialiser of ``w [D, size]``.
+      b_init: initialiser of ``b [size]``.
+
+    Example:
+      >>> layer, xs = jlstm.Dense(4), jnp.ones((2, 5, 3))
+      >>> layer.apply(layer.init(jax.random.key(0), xs), xs)[0].shape
+      (2, 5, 4)
+    """
+
+    size: int
+    activation: Callable[[Array], Array] | None = None
+    bias: bool = True
+    w_init: Initializer = initialisers.lecun_normal
+    b_init: Initializer = initialisers.zeros
+
+    def __post_init__(self) -> None:
+        check_positive(self, "size")
+
+    def init(self, key: Array, xs: Array) -> DenseParams:
+        """Makes params for inputs like ``xs [B, T, D]``."""
+        keys = jax.random.split(key)
+        dtype = float_dtype(xs)
+        w = self.w_init(keys[0], (xs.shape[-1], self.size), dtype)
+        return DenseParams(
+            w, self.b_init(keys[1], (self.size,), dtype) if self.bias else None
+        )
+
+    def _map(self, params: DenseParams, xs: Array, key: Array | None) -> Array:
+        del key
+        if xs.shape[-1] != params.w.shape[0]:
+            raise door.error(
+                "Dense",
+                f"xs must be [B, T, D={params.w.shape[0]}], got {list(xs.shape)}",
+            )
+        dtype = jnp.promote_types(xs.dtype, params.w.dtype)
+        ys = affine(
+            xs.astype(dtype),
+            *jax.tree.map(lambda leaf: leaf.astype(dtype), (params.w, params.b)),
+        )
+        return ys if self.activation is None else self.activation(ys)
+
+
+@struct.dataclass
+class EmbedParams:
+    """A table of vectors."""
+
+    table: Array  # [V, H]
+
+
+@config
+class Embed(Pointwise):
+    """Looks up a vector for each token.
+
+    Attributes:
+      vocab_size: ``V``.
+      size: features of a vector.
+      frozen: keeps gradients from the table (exclude it from weight decay too).
+      table_init: initialiser of the table; ``jlstm.init.Pretrained(vectors)`` for vectors
+        that exist.
+      dtype: of the table, ``float32`` unless 64-bit mode is on.
+
+    Example:
+      >>> layer, tokens = jlstm.Embed(10, 4), jnp.array([[1, 2, 3]])
+      >>> layer.apply(layer.init(jax.random.key(0), tokens), tokens)[0].shape
+      (1, 3, 4)
+    """
+
+    vocab_size: int
+    size: int
+    frozen: bool = False
+    table_init: Initializer = initialisers.Normal(1.0)
+    dtype: Any = None
+
+    def __post_init__(self) -> None:
+        check_positive(self, "vocab_size", "size")
+
+    def init(self, key: Array, xs: Array) -> EmbedParams:
+        """Makes the table ``[V, size]``."""
+        self._check_dtype(xs)
+        dtype = float_dtype(0) if self.dtype is None else self.dtype
+        return EmbedParams(self.table_init(key, (self.vocab_size, self.size), dtype))
+
+    def check(self, xs: Array) -> None:
+        """Refuses what are not token ids.
+
+        Raises:
+          ValueError: not integers; or a concrete id outside the vocabulary. In a trace
+            ids are clipped.
+        """
+        self._check_dtype(xs)
+        if not door.is_concrete(xs) or not xs.size:
+            return
+        low, high = int(xs.min()), int(xs.max())
+        if low < 0 or high >= self.vocab_size:
+            raise door.error(
+                "Embed",
+                f"ids must lie in 0..{self.vocab_size - 1}, got values from {low} to "
+                f"{high}",
+            )
+
+    def _check_dtype(self, xs: Array) -> None:
+        if not jnp.issubdtype(xs.dtype, jnp.integer):
+            raise door.error("Embed", f"xs must be integer token ids, got {xs.dtype}")
+
+    def _map(self, params: EmbedParams, xs: Array, key: Array | None) -> Array:
+        del key
+        self.check(xs)
+        table = jax.lax.stop_gradient(params.table) if self.frozen else params.table
+        return look_up(table, xs)
+
+
+def look_up(table: Array, ids: Array) -> Array:
+    """Gathers ``table[ids]``, ids clipped, sharded as the ids are."""
+    sharding = jax.typeof(ids).sharding
+    out_sharding = None
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        out_sharding = PartitionSpec(*sharding.spec, *(None,) * (table.ndim - 1))
+    return table.at[ids].get(mode="clip", out_sharding=out_sharding)
+
+
+@struct.dataclass
+class LayerNormParams:
+    """Scale and shift of a normalisation."""
+
+    scale: Array | None  # [D]
+    shift: Array | None  # [D]
+
+
+@config
+class LayerNorm(Pointwise):
+    r"""Normalises the features of each step.
+
+    .. math::
+        y = \gamma \odot \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+    Attributes:
+      epsilon: added to the variance.
+      scale: learns :math:`\gamma`.
+      shift: learns :math:`\beta`.
+
+    Example:
+      >>> layer, xs = jlstm.LayerNorm(), jnp.array([[[1.0, 3.0]]])
+      >>> layer.apply(layer.init(jax.random.key(0), xs), xs)[0].round(3).tolist()
+      [[[-1.0, 1.0]]]
+
+    References:
+      Ba, Kiros & Hinton, Layer normalization, 2016.
+    """
+
+    epsilon: float = 1e-5
+    scale: bool = True
+    shift: bool = True
+
+    def init(self, key: Array, xs: Array) -> LayerNormParams:
+        """Makes params for inputs like ``xs [B, T, D]``."""
+        del key
+        size, dtype = xs.shape[-1:], float_dtype(xs)
+        return LayerNormParams(
+            jnp.ones(size, dtype) if self.scale else None,
+            jnp.zeros(size, dtype) if self.shift else None,
+        )
+
+    def _map(self, params: LayerNormParams, xs: Array, key: Array | None) -> Array:
+        del key
+        # Moments of low-precision inputs need float32.
+        wide = jnp.promote_types(xs.dtype, jnp.float32)
+        centred = xs.astype(wide) - xs.astype(wide).mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        ys = centred * jax.lax.rsqrt(variance + self.epsilon)
+        broadcast = (1,) * (xs.ndim - 1) + (-1,)
+        if params.scale is not None:
+            ys = ys * params.scale.astype(wide).reshape(broadcast)
+        if params.shift is not None:
+            ys = ys + params.shift.astype(wide).reshape(broadcast)
+        return ys.astype(xs.dtype)

@@ -1,0 +1,424 @@
+"""A cell over a sequence: in one direction, or in both."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jlstm import door
+from jlstm.cells.wrappers import Precision
+from jlstm.types import Array, Cell, Layer, Policy, PyTree, config, zero_rows
+
+Merge = Literal["concat", "sum", "mean", "product", "none"]
+
+
+def is_layer(value: Any) -> bool:
+    """Tells whether a value has the methods of a layer."""
+    return hasattr(value, "apply") and hasattr(value, "init_carry")
+
+
+def is_cell(value: Any) -> bool:
+    """Tells whether a value has the methods of a cell."""
+    return hasattr(value, "step") and hasattr(value, "init_carry")
+
+
+def check_cell_field(where: str, value: Any) -> None:
+    """Refuses what is not a cell.
+
+    Raises:
+      TypeError: naming what came, and what to write instead.
+    """
+    if not is_cell(value) or is_layer(value):
+        what = "the layer " if is_layer(value) else ""
+        hint = "; give the cell itself, such as LSTM(256)" if is_layer(value) else ""
+        raise TypeError(f"{where} must be a cell, got {what}{value!r}{hint}")
+
+
+def check_layer_field(where: str, value: Any) -> None:
+    """Refuses what is not a layer.
+
+    Raises:
+      TypeError: naming what came, and what to write instead.
+    """
+    if is_layer(value):
+        return
+    if is_cell(value):
+        raise TypeError(
+            f"{where} must be a layer, got the cell {value!r}; wrap it: RNN({value!r})"
+        )
+    raise TypeError(f"{where} must be a layer, got {value!r}")
+
+
+@dataclasses.dataclass
+class Row:
+    """One layer as it ran, for :func:`jlstm.summary`."""
+
+    path: tuple[str, ...]
+    layer: Any
+    params: PyTree
+    ys: PyTree = None
+    carry: PyTree = None
+
+
+_rows: contextvars.ContextVar[list[Row] | None] = contextvars.ContextVar(
+    "rows", default=None
+)
+
+
+def rows() -> list[Row] | None:
+    """The rows of the summary that is being made, or ``None``."""
+    return _rows.get()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Row]]:
+    """Collects a row for each layer that runs inside."""
+    collected: list[Row] = []
+    token = _rows.set(collected)
+    try:
+        yield collected
+    finally:
+        _rows.reset(token)
+
+
+def run_layer(
+    name: str,
+    layer: Layer,
+    params: PyTree,
+    xs: PyTree,
+    carry: PyTree = None,
+    *,
+    method: Literal["apply", "last"] = "apply",
+    **masking: Any,
+) -> tuple[PyTree, PyTree]:
+    """Runs a layer inside another, so that errors and summaries name its place."""
+    with door.at(name):
+        collected = rows()
+        run = getattr(layer, method)
+        if collected is None:
+            return run(params, xs, carry, **masking)
+        row = Row(door.path(), layer, params)
+        collected.append(row)
+        row.ys, row.carry = run(params, xs, carry, **masking)
+        return row.ys, row.carry
+
+
+@config
+class RNN:
+    """A layer from a cell.
+
+    Attributes:
+      cell: any cell.
+      reverse: runs from each row's last valid step to the first.
+      implementation: ``"fused"``, ``"scan"``, or ``None`` to choose.
+      policy: dtypes, see :class:`jlstm.Policy`.
+
+    Example:
+      >>> layer = jlstm.RNN(jlstm.GRU(8), reverse=True)
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> params = layer.init(jax.random.key(0), xs)
+      >>> ys, carry = layer.apply(params, xs, lengths=jnp.array([5, 2]))
+      >>> ys.shape
+      (2, 5, 8)
+    """
+
+    cell: Any
+    reverse: bool = False
+    implementation: str | None = None
+    policy: Policy | None = None
+
+    def __post_init__(self) -> None:
+        check_cell_field("RNN.cell", self.cell)
+        door.choose(self.cell, self.implementation)
+
+    @property
+    def causal(self) -> bool:
+        """Whether outputs depend on earlier inputs only."""
+        return not self.reverse
+
+    @property
+    def _cell(self) -> Cell:
+        return self.cell if self.policy is None else Precision(self.cell, self.policy)
+
+    def init(self, key: Array, xs: PyTree) -> PyTree:
+        """Makes the cell's params for inputs like ``xs [B, T, D]``."""
+        door.batch_and_time(xs, "RNN.init")
+        _check_floating(self.cell, xs)
+
+        # Only shape and dtype of a step count, and T may be 0.
+        def first(leaf: Any) -> Array:
+            return jnp.zeros((leaf.shape[0], *leaf.shape[2:]), leaf.dtype)
+
+        return self._cell.init(key, jax.tree.map(first, xs))
+
+    def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> PyTree:
+        """Makes the cell's fresh carry."""
+        return self._cell.init_carry(params, batch_shape)
+
+    def apply(
+        self,
+        params: PyTree,
+        xs: PyTree,
+        carry: PyTree = None,
+        *,
+        lengths: Array | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        key: Array | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        """Runs the cell; see :func:`jlstm.unroll`."""
+        ys, carry = door.unroll(
+            self._cell,
+            params,
+            xs,
+            carry,
+            lengths=lengths,
+            mask=mask,
+            resets=resets,
+            key=key,
+            reverse=self.reverse,
+            implementation=self.implementation,
+        )
+        return ys, carry
+
+    def last(
+        self, params: PyTree, xs: PyTree, carry: PyTree = None, **masking: Any
+    ) -> tuple[PyTree, PyTree]:
+        """Runs the cell and returns the output of the last step that it took."""
+        ys, carry = self.apply(params, xs, carry, **masking)
+        mask = mask_of(xs, **masking)
+        return take_valid(ys, mask, first=self.reverse), carry
+
+
+def _check_floating(cell: Cell, xs: PyTree) -> None:
+    """Points integer inputs of a built-in cell to Embed."""
+    leaves = jax.tree.leaves(xs)
+    if (
+        len(leaves) == 1
+        and jnp.issubdtype(leaves[0].dtype, jnp.integer)
+        and type(cell).__module__.startswith("jlstm.cells")
+    ):
+        raise door.error(
+            "RNN.init",
+            f"xs of {cell!r} must be floating, got {leaves[0].dtype}; put "
+            "Embed(vocab_size, size) before it",
+        )
+
+
+def mask_of(
+    xs: PyTree,
+    *,
+    lengths: Array | None = None,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    key: Array | None = None,
+    where: str = "apply",
+) -> Array | None:
+    """Checks a layer's masking arguments and returns the mask, ``[B, T]`` or ``None``."""
+    del key
+    shape = door.batch_and_time(xs, where)
+    return door.valid_steps(
+        shape, lengths=lengths, mask=mask, resets=resets, where=where
+    )
+
+
+def take_valid(ys: PyTree, mask: Array | None, *, first: bool = False) -> PyTree:
+    """Takes each row's last (or first) valid step of ``ys [B, T, ...]``.
+
+    A row without valid steps gives zeros.
+    """
+    time = jax.tree.leaves(ys)[0].shape[1]
+    if time == 0:
+        return jax.tree.map(lambda leaf: leaf.sum(1), ys)
+    if mask is None:
+        return jax.tree.map(lambda leaf: leaf[:, 0 if first else -1], ys)
+    # A sum of one term, so that no gather meets a sharded axis.
+    steps = jnp.arange(time, dtype=jnp.int32)[None, :]
+    outside = time if first else -1
+    seen = jnp.where(mask, steps, outside)
+    chosen = seen.min(1) if first else seen.max(1)
+    flags = mask & (steps == chosen[:, None])
+    picked = zero_rows(flags, ys)
+    return jax.tree.map(lambda leaf: leaf.sum(1), picked)
+
+
+@struct.dataclass
+class BidirectionalParams:
+    """Params of the two directions."""
+
+    forward: PyTree
+    backward: PyTree
+
+
+class BidirectionalCarry(NamedTuple):
+    """Carries of the two directions."""
+
+    forward: PyTree
+    backward: PyTree
+
+
+@config
+class Bidirectional:
+    """Two layers over one sequence; made by :func:`jlstm.bidirectional`."""
+
+    forward: RNN
+    backward: RNN
+    merge: Merge = "concat"
+
+    causal = False
+
+    def __post_init__(self) -> None:
+        if self.merge not in get_args(Merge):
+            names = ", ".join(repr(name) for name in get_args(Merge))
+            raise ValueError(
+                f"bidirectional: merge must be one of {names}, got {self.merge!r}"
+            )
+
+    def __repr__(self) -> str:
+        options = [repr(self.forward.cell)]
+        if self.backward.cell != self.forward.cell:
+            options.append(repr(self.backward.cell))
+        for name in ("implementation", "policy"):
+            if (value := getattr(self.forward, name)) is not None:
+                options.append(f"{name}={value!r}")
+        if self.merge != "concat":
+            options.append(f"merge={self.merge!r}")
+        return f"bidirectional({', '.join(options)})"
+
+    def init(self, key: Array, xs: PyTree) -> BidirectionalParams:
+        """Makes the params of both directions."""
+        keys = jax.random.split(key)
+        with door.at("forward"):
+            forward = self.forward.init(keys[0], xs)
+        with door.at("backward"):
+            return BidirectionalParams(forward, self.backward.init(keys[1], xs))
+
+    def init_carry(
+        self, params: BidirectionalParams, batch_shape: tuple[int, ...]
+    ) -> BidirectionalCarry:
+        """Makes the fresh carries of both directions."""
+        return BidirectionalCarry(
+            self.forward.init_carry(params.forward, batch_shape),
+            self.backward.init_carry(params.backward, batch_shape),
+        )
+
+    def apply(
+        self,
+        params: BidirectionalParams,
+        xs: PyTree,
+        carry: BidirectionalCarry | None = None,
+        *,
+        lengths: Array | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        key: Array | None = None,
+    ) -> tuple[PyTree, BidirectionalCarry]:
+        """Runs both directions and merges their outputs, aligned in time."""
+        masking = {"lengths": lengths, "mask": mask, "resets": resets, "key": key}
+        return self._both("apply", params, xs, carry, **masking)
+
+    def last(
+        self,
+        params: BidirectionalParams,
+        xs: PyTree,
+        carry: BidirectionalCarry | None = None,
+        **masking: Any,
+    ) -> tuple[PyTree, BidirectionalCarry]:
+        """Merges the outputs of the last steps that the directions took."""
+        return self._both("last", params, xs, carry, **masking)
+
+    def _both(
+        self,
+        method: Literal["apply", "last"],
+        params: BidirectionalParams,
+        xs: PyTree,
+        carry: BidirectionalCarry | None,
+        key: Array | None = None,
+        **masking: Any,
+    ) -> tuple[PyTree, BidirectionalCarry]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        carry = BidirectionalCarry(None, None) if carry is None else carry
+        outs = []
+        for i, name in enumerate(("forward", "backward")):
+            parts = (getattr(part, name) for part in (self, params, carry))
+            layer, layer_params, layer_carry = parts
+            options = {"method": method, "key": keys[i], **masking}
+            outs.append(
+                run_layer(name, layer, layer_params, xs, layer_carry, **options)
+            )
+        (forward, carry_forward), (backward, carry_backward) = outs
+        ys = self._merged(forward, backward)
+        return ys, BidirectionalCarry(carry_forward, carry_backward)
+
+    def _merged(self, forward: PyTree, backward: PyTree) -> PyTree:
+        if self.merge == "none":
+            return forward, backward
+        merge = {
+            "concat": lambda a, b: jnp.concatenate([a, b], axis=-1),
+            "sum": jnp.add,
+            "mean": lambda a, b: (a + b) / 2,
+            "product": jnp.multiply,
+        }[self.merge]
+        try:
+            return jax.tree.map(merge, forward, backward)
+        except (TypeError, ValueError):
+            raise door.error(
+                "bidirectional",
+                f"merge={self.merge!r} needs outputs of one shape, got "
+                f"{door.shapes(forward)} and {door.shapes(backward)}; use "
+                "merge='concat' or 'none'",
+            ) from None
+
+
+def bidirectional(
+    cell: Cell,
+    backward: Cell | None = None,
+    *,
+    merge: Merge = "concat",
+    implementation: str | None = None,
+    policy: Policy | None = None,
+) -> Bidirectional:
+    r"""Runs one cell forward and one backward over a sequence, and merges the outputs.
+
+    .. math::
+        y_t = [\overrightarrow{h}_t, \overleftarrow{h}_t]
+
+    Args:
+      cell: the forward cell.
+      backward: the backward cell; the same as ``cell`` (with params of its own) if
+        ``None``.
+      merge: ``"concat"`` on the last axis, ``"sum"``, ``"mean"``, ``"product"``, or
+        ``"none"`` for the pair.
+      implementation: as of :class:`jlstm.RNN`.
+      policy: as of :class:`jlstm.RNN`.
+
+    Raises:
+      TypeError: a layer in the place of a cell.
+      ValueError: an unknown merge.
+
+    Example:
+      >>> layer = jlstm.bidirectional(jlstm.LSTM(8))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), xs), xs)
+      >>> ys.shape, carry.backward.h.shape
+      ((2, 5, 16), (2, 8))
+
+    References:
+      Schuster & Paliwal, 1997; Graves & Schmidhuber, 2005.
+    """
+    check_cell_field("bidirectional: cell", cell)
+    if backward is not None:
+        check_cell_field("bidirectional: backward", backward)
+    options: dict[str, Any] = {"implementation": implementation, "policy": policy}
+    return Bidirectional(
+        RNN(cell, **options),
+        RNN(cell if backward is None else backward, reverse=True, **options),
+        merge,
+    )

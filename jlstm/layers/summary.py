@@ -1,0 +1,100 @@
+"""What a layer is made of, in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from jlstm import door
+from jlstm.layers.recurrent import RNN, Row, recording, run_layer
+from jlstm.types import Layer, PyTree
+
+ROOT = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SummaryRow:
+    """One layer of a summary."""
+
+    path: tuple[str, ...]
+    layer: str
+    output: str  # shapes
+    params: int  # number of scalars
+    carry_bytes: int
+    implementation: str  # empty where nothing recurs
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A table that prints itself; ``rows`` holds what it shows."""
+
+    rows: tuple[SummaryRow, ...]
+
+    def __str__(self) -> str:
+        head = ("layer", "output", "params", "carry bytes", "implementation")
+        table = [head]
+        for row in self.rows:
+            indent = "  " * (len(row.path) - 1)
+            name = f"{row.path[-1]}: " if row.path[-1] else ""
+            table.append(
+                (
+                    f"{indent}{name}{row.layer}",
+                    row.output,
+                    f"{row.params:,}",
+                    f"{row.carry_bytes:,}",
+                    row.implementation,
+                )
+            )
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines = []
+        for cells in table:
+            left = [c.ljust(w) for c, w in zip(cells[:2], widths[:2], strict=True)]
+            right = [c.rjust(w) for c, w in zip(cells[2:4], widths[2:4], strict=True)]
+            lines.append("  ".join([*left, *right, cells[4]]).rstrip())
+        return "\n".join(lines)
+
+
+def summary(layer: Layer, xs: PyTree) -> Summary:
+    """Lists the tree of layers with shapes, params, carry and implementations.
+
+    Nothing is computed: of ``xs`` only shapes and dtypes are read.
+
+    Args:
+      layer: a layer or model.
+      xs: example input ``[B, T, ...]``; arrays or ``jax.ShapeDtypeStruct``.
+
+    Example:
+      >>> print(jlstm.summary(jlstm.bidirectional(jlstm.LSTM(4)), jnp.ones((2, 5, 3))))
+      layer                                  output      params  carry bytes  implementation
+      Bidirectional                          [2, 5, 8]      256          128
+        forward: RNN(LSTM(4))                [2, 5, 4]      128           64  fused
+        backward: RNN(LSTM(4), reverse=True)  [2, 5, 4]      128           64  fused
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(layer.init, key, xs)
+    with recording() as rows:
+        jax.eval_shape(lambda p, x: run_layer(ROOT, layer, p, x), params, xs)
+    depths = [len(row.path) for row in rows]
+    made = []
+    for i, row in enumerate(rows):
+        has_parts = i + 1 < len(rows) and depths[i + 1] > depths[i]
+        made.append(_summarise(row, has_parts))
+    return Summary(tuple(made))
+
+
+def _summarise(row: Row, has_parts: bool) -> SummaryRow:
+    params, carry = jax.tree.leaves(row.params), jax.tree.leaves(row.carry)
+    implementation = ""
+    if isinstance(row.layer, RNN):
+        implementation = door.choose(row.layer.cell, row.layer.implementation)
+    return SummaryRow(
+        path=row.path,
+        # The parts of a layer have rows of their own.
+        layer=type(row.layer).__name__ if has_parts else repr(row.layer),
+        output=door.shapes(row.ys),
+        params=sum(math.prod(leaf.shape) for leaf in params),
+        carry_bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in carry),
+        implementation=implementation,
+    )

@@ -1,0 +1,14 @@
+"""Sequence to answer: one file a task, meant to be read and copied."""
+
+from jlstm.models.classifier import Classifier, ClassifierParams
+from jlstm.models.language_model import LanguageModel, LanguageModelParams
+from jlstm.models.tagger import Tagger, TaggerParams
+
+__all__ = [
+    "Classifier",
+    "ClassifierParams",
+    "LanguageModel",
+    "LanguageModelParams",
+    "Tagger",
+    "TaggerParams",
+]

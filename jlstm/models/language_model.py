@@ -1,0 +1,110 @@
+"""The next symbol, at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jlstm.cells import affine
+from jlstm.init import Normal
+from jlstm.layers import Dense, Embed, EmbedParams, run_layer
+from jlstm.layers.recurrent import check_layer_field, mask_of
+from jlstm.types import Array, PyTree, check_positive, config, zero_rows
+
+
+@struct.dataclass
+class LanguageModelParams:
+    """Params of a language model."""
+
+    embed: EmbedParams
+    body: PyTree
+    w: Array | None  # [H, V]; None where the embedding is tied
+    b: Array  # [V]
+
+
+@config
+class LanguageModel:
+    r"""Predicts the next symbol:
+    :math:`p(x_{t+1} \mid x_{\le t}) = \mathrm{softmax}(W y_t + b)`.
+
+    Attributes:
+      body: any causal layer on vectors, such as ``RNN(LSTM(256))``.
+      vocab_size: ``V``.
+      embed_size: features of a symbol's vector.
+      tied: uses the embedding for ``W``; the body must then return ``embed_size``
+        features (Press & Wolf, 2017).
+
+    Example:
+      >>> model = jlstm.LanguageModel(jlstm.RNN(jlstm.LSTM(8)), 10, embed_size=4)
+      >>> tokens = jnp.array([[1, 2, 3]])
+      >>> logits, _ = model.apply(model.init(jax.random.key(0), tokens), tokens)
+      >>> logits.shape
+      (1, 3, 10)
+    """
+
+    body: Any
+    vocab_size: int
+    embed_size: int
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        check_layer_field("LanguageModel.body", self.body)
+        check_positive(self, "vocab_size", "embed_size")
+        if not getattr(self.body, "causal", True):
+            raise ValueError(
+                f"LanguageModel.body: must be causal, got {self.body!r}, which sees the "
+                "symbol that it is to predict"
+            )
+
+    @property
+    def _embed(self) -> Embed:
+        # Scaled so that tied logits begin near zero.
+        init = Normal(self.embed_size**-0.5)
+        return Embed(self.vocab_size, self.embed_size, table_init=init)
+
+    def init(self, key: Array, xs: Array) -> LanguageModelParams:
+        """Makes params for tokens like ``xs [B, T]``."""
+        keys = jax.random.split(key, 3)
+        embed = self._embed.init(keys[0], xs)
+        vectors, _ = jax.eval_shape(self._embed.apply, embed, xs)
+        body = self.body.init(keys[1], vectors)
+        ys, _ = jax.eval_shape(self.body.apply, body, vectors)
+        if self.tied and ys.shape[-1] != self.embed_size:
+            raise ValueError(
+                f"LanguageModel.tied: the body must return embed_size={self.embed_size} "
+                f"features, got {ys.shape[-1]}; put Dense({self.embed_size}) after it"
+            )
+        head = Dense(self.vocab_size).init(keys[2], ys)
+        return LanguageModelParams(embed, body, None if self.tied else head.w, head.b)
+
+    def init_carry(
+        self, params: LanguageModelParams, batch_shape: tuple[int, ...]
+    ) -> Any:
+        """Makes the body's fresh carry."""
+        return self.body.init_carry(params.body, batch_shape)
+
+    def apply(
+        self,
+        params: LanguageModelParams,
+        xs: Array,
+        carry: PyTree = None,
+        *,
+        lengths: Array | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        key: Array | None = None,
+    ) -> tuple[Array, PyTree]:
+        """Returns ``(logits [B, T, V], carry)`` for tokens ``xs [B, T]``."""
+        masking = {"lengths": lengths, "mask": mask, "resets": resets}
+        valid = mask_of(xs, **masking, where="LanguageModel")
+        vectors, _ = run_layer("embed", self._embed, params.embed, xs, **masking)
+        ys, carry = run_layer(
+            "body", self.body, params.body, vectors, carry, key=key, **masking
+        )
+        w = params.embed.table.T if params.w is None else params.w
+        dtype = jnp.promote_types(ys.dtype, w.dtype)
+        logits = affine(ys.astype(dtype), w.astype(dtype), params.b.astype(dtype))
+        return zero_rows(valid, logits), carry

@@ -1,0 +1,83 @@
+"""One answer a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+
+from jlstm.layers import Dense, run_layer
+from jlstm.layers.compose import retime
+from jlstm.layers.recurrent import check_layer_field
+from jlstm.types import Array, PyTree, check_positive, config
+
+
+@struct.dataclass
+class TaggerParams:
+    """Params of a tagger."""
+
+    encoder: PyTree
+    head: PyTree
+
+
+@config
+class Tagger:
+    r"""Labels every step: :math:`\mathrm{logits}_t = W y_t + b`.
+
+    Attributes:
+      encoder: any layer.
+      num_tags: number of logits.
+
+    Example:
+      >>> model = jlstm.Tagger(jlstm.bidirectional(jlstm.LSTM(8)), num_tags=5)
+      >>> xs = jnp.ones((2, 7, 3))
+      >>> logits, _ = model.apply(model.init(jax.random.key(0), xs), xs)
+      >>> logits.shape
+      (2, 7, 5)
+    """
+
+    encoder: Any
+    num_tags: int
+
+    def __post_init__(self) -> None:
+        check_layer_field("Tagger.encoder", self.encoder)
+        check_positive(self, "num_tags")
+
+    @property
+    def causal(self) -> bool:
+        """Whether the encoder is causal."""
+        return getattr(self.encoder, "causal", True)
+
+    def init(self, key: Array, xs: PyTree) -> TaggerParams:
+        """Makes params for inputs like ``xs [B, T, ...]``."""
+        keys = jax.random.split(key)
+        encoder = self.encoder.init(keys[0], xs)
+        ys, _ = jax.eval_shape(self.encoder.apply, encoder, xs)
+        return TaggerParams(encoder, Dense(self.num_tags).init(keys[1], ys))
+
+    def init_carry(self, params: TaggerParams, batch_shape: tuple[int, ...]) -> Any:
+        """Makes the encoder's fresh carry."""
+        return self.encoder.init_carry(params.encoder, batch_shape)
+
+    def apply(
+        self,
+        params: TaggerParams,
+        xs: PyTree,
+        carry: PyTree = None,
+        *,
+        lengths: Array | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        key: Array | None = None,
+    ) -> tuple[Array, PyTree]:
+        """Returns ``(logits [B, T, num_tags], carry)``, zeros at masked steps."""
+        masking = {"lengths": lengths, "mask": mask, "resets": resets}
+        ys, carry = run_layer(
+            "encoder", self.encoder, params.encoder, xs, carry, key=key, **masking
+        )
+        lengths, mask, _ = retime(self.encoder, **masking)
+        logits, _ = Dense(self.num_tags).apply(
+            params.head, ys, lengths=lengths, mask=mask
+        )
+        return logits, carry
