@@ -1,6 +1,6 @@
 """Write the gate equations of a recurrent cell; jlstm supplies everything else."""
 
-from jlstm import cells, init, layers, models
+from jlstm import cells, init, layers, models, testing
 from jlstm.cells import *  # noqa: F403
 from jlstm.door import Explanation, explain, unroll
 from jlstm.layers import *  # noqa: F403
@@ -18,6 +18,7 @@ __all__ = [
     "explain",
     "gated",
     "init",
+    "testing",
     "unroll",
     *cells.__all__,
     *layers.__all__,

@@ -146,6 +146,12 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
+def common_dtype(*dtypes: Any) -> Any:
+    """The dtype that dtypes promote to, also where implicit promotion is refused."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 def where_rows(flags: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
     """Selects row by row: ``flags [B]`` (or ``[B, T]``) against leaves that begin so."""
 

@@ -17,6 +17,7 @@ from jlstm.types import (
     Array,
     Initializer,
     check_positive,
+    common_dtype,
     config,
     float_dtype,
     zero_rows,
@@ -177,7 +178,7 @@ class Conv:
             )
         given = {"lengths": lengths, "mask": mask, "resets": resets}
         valid = mask_of(xs, **given, where="Conv")
-        dtype = jnp.promote_types(xs.dtype, params.w.dtype)
+        dtype = common_dtype(xs.dtype, params.w.dtype)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         xs = zero_rows(valid, xs.astype(dtype))
         if not self.causal:

@@ -19,6 +19,7 @@ from jlstm.types import (
     Initializer,
     PyTree,
     check_positive,
+    common_dtype,
     config,
     float_dtype,
     zero_rows,
@@ -151,7 +152,7 @@ class Dense(Pointwise):
                 "Dense",
                 f"xs must be [B, T, D={params.w.shape[0]}], got {list(xs.shape)}",
             )
-        dtype = jnp.promote_types(xs.dtype, params.w.dtype)
+        dtype = common_dtype(xs.dtype, params.w.dtype)
         ys = affine(
             xs.astype(dtype),
             *jax.tree.map(lambda leaf: leaf.astype(dtype), (params.w, params.b)),
@@ -282,7 +283,7 @@ class LayerNorm(Pointwise):
     def _map(self, params: LayerNormParams, xs: Array, key: Array | None) -> Array:
         del key
         # Moments of low-precision inputs need float32.
-        wide = jnp.promote_types(xs.dtype, jnp.float32)
+        wide = common_dtype(xs.dtype, jnp.float32)
         centred = xs.astype(wide) - xs.astype(wide).mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         ys = centred * jax.lax.rsqrt(variance + self.epsilon)

@@ -1,0 +1,599 @@
+"""The laws that every cell and layer obeys, for our tests and for your own cells.
+
+``check_cell(MyCell(8))`` takes a few seconds and either returns, or raises an
+``AssertionError`` that names the law that is broken. The laws run in float64, so that a
+difference is a mistake and not rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlstm.cells import prepare
+from jlstm.door import unroll
+from jlstm.kernels import IMPLEMENTATIONS
+from jlstm.layers.compose import is_causal, retime
+from jlstm.types import Array, Cell, Layer, PyTree, gated, is_inexact, where_rows
+
+BATCH, TIME = 3, 6
+TOLERANCE = 1e-9
+
+
+@contextlib.contextmanager
+def law(name: str, subject: Any, run: _Runner | None = None) -> Iterator[None]:
+    """Names the law in the error of whatever fails inside."""
+    try:
+        yield
+    except AssertionError as problem:
+        way = f" ({run.way})" if run is not None and run.way else ""
+        message = f"{subject!r} breaks the law: {name}{way}\n{problem}"
+        raise AssertionError(message) from None
+
+
+def check_cell(
+    cell: Cell,
+    x: PyTree = None,
+    *,
+    params: PyTree = None,
+    implementations: tuple[str, ...] | None = None,
+    smooth: bool = True,
+) -> None:
+    """Checks a cell against the laws.
+
+    The carry keeps its type; the gated form equals the step; unrolling equals a Python
+    loop; padding is inert, garbage and NaN alike, in values and gradients; a row of
+    length 0 returns its incoming carry; chunks equal the whole; reverse equals
+    flipping; rows are independent; resets equal separate sequences, in both directions, with a
+    learned fresh carry; ``vmap`` equals a loop; ``jit`` equals eager, and equal configs
+    share one trace; gradients, and gradients of gradients, equal finite differences;
+    implementations agree.
+
+    Args:
+      cell: the cell.
+      x: an example of its input at one step, ``[3, ...]``; floats are replaced by
+        random ones. ``[3, 5]`` of floats if ``None``.
+      params: params to check with, in float64; made by ``init``, and moved a little so
+        that nothing is zero, if ``None``.
+      implementations: which to check; all that can run the cell if ``None``.
+      smooth: false leaves out finite differences, for a cell with kinks.
+
+    Raises:
+      AssertionError: naming the broken law.
+      TypeError: a half-defined gated form.
+
+    Example:
+      >>> jlstm.testing.check_cell(jlstm.Elman(2), implementations=("scan",))
+    """
+    gated(cell)  # refuses a half-defined form
+    if implementations is None:
+        able = (n for n, kernel in IMPLEMENTATIONS.items() if not kernel.why_not(cell))
+        implementations = tuple(able)
+    with jax.enable_x64(True):
+        case = _cell_case(cell, x, params)
+        _check_config(cell)
+        _check_step(cell, case)
+        results = []
+        for name in implementations:
+            run = _Runner(partial(unroll, cell, implementation=name), name)
+            results.append(run(case, mask=holes()))
+            _check_python_loop(cell, case, run)
+            _check_padding(cell, case, run)
+            _check_padding(cell, case, run, reverse=True)
+            _check_chunks(cell, case, run)
+            _check_reverse(cell, case, run)
+            _check_rows(cell, case, run)
+            _check_resets(cell, case, run, cell.init_carry)
+            _check_resets(cell, case, run, cell.init_carry, reverse=True)
+            _check_vmap(cell, case, run)
+            _check_traces(
+                cell, case, lambda c, n=name: partial(unroll, c, implementation=n)
+            )
+            if smooth:
+                _check_derivatives(cell, case, run)
+        with law("implementations agree", cell):
+            for result in results[1:]:
+                _assert_close(result, results[0])
+
+
+def check_layer(
+    layer: Layer,
+    xs: PyTree = None,
+    *,
+    params: PyTree = None,
+    causal: bool | None = None,
+    resets: bool = True,
+    smooth: bool = True,
+) -> None:
+    """Checks a layer against the laws.
+
+    Padding is inert, garbage and NaN alike, in values and gradients; a row of length 0
+    returns its incoming carry; lengths equal the mask they stand for; rows are
+    independent; resets equal separate sequences; chunks equal the whole, if the layer
+    is causal, and do not, if it is not; ``vmap`` equals a loop; ``jit`` equals eager;
+    gradients, and gradients of gradients, equal finite differences; ``retime`` tells
+    which outputs are valid.
+
+    Args:
+      layer: the layer.
+      xs: an example of its input, ``[3, 6, ...]``; floats are replaced by random ones.
+        ``[3, 6, 5]`` of floats if ``None``.
+      params: params to check with, in float64; made by ``init``, and moved a little, if
+        ``None``.
+      causal: whether the chunk law must hold; what the layer says if ``None``.
+      resets: false leaves out resets, for a layer that refuses them.
+      smooth: false leaves out finite differences, for a layer with kinks.
+
+    Raises:
+      AssertionError: naming the broken law.
+
+    Example:
+      >>> jlstm.testing.check_layer(jlstm.Dense(2))
+    """
+    with jax.enable_x64(True):
+        case = _layer_case(layer, xs, params)
+        if dataclasses.is_dataclass(layer):
+            _check_config(layer)
+        run = _Runner(layer.apply, takes_resets=resets)
+        _check_lengths(layer, case, run)
+        _check_padding(layer, case, run)
+        _check_rows(layer, case, run)
+        _check_causal(layer, case, run, is_causal(layer) if causal is None else causal)
+        if resets:
+            _check_layer_resets(layer, case, run)
+        _check_vmap(layer, case, run)
+        _check_traces(layer, case, lambda m: m.apply)
+        if smooth:
+            _check_derivatives(layer, case, run)
+
+
+def _assert_close(a: PyTree, b: PyTree) -> None:
+    chex.assert_trees_all_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """What a cell or a layer is run on."""
+
+    params: PyTree
+    xs: PyTree  # [B, T, ...]
+    carry: PyTree  # [B, ...], not the fresh one
+
+    def but(self, **changes: PyTree) -> _Case:
+        return dataclasses.replace(self, **changes)
+
+
+def random_like(tree: PyTree, seed: int, scale: float = 1.0) -> PyTree:
+    """Replaces floating leaves by normal noise; keeps the others."""
+    # NumPy's generator, because compiling one of JAX's takes longer than a law.
+    draw = np.random.default_rng(seed).standard_normal
+
+    def replace(leaf: Any) -> Any:
+        if not is_inexact(leaf):
+            return leaf
+        return jnp.asarray(draw(jnp.shape(leaf)) * scale, leaf.dtype)
+
+    return jax.tree.map(replace, tree)
+
+
+def moved(params: PyTree, seed: int) -> PyTree:
+    """Moves params a little, so that no learned carry or bias is left at zero."""
+    noise = random_like(params, seed, 0.1)
+    return jax.tree.map(lambda p, n: p + n if is_inexact(p) else p, params, noise)
+
+
+def sequence_of(x: PyTree, seed: int) -> PyTree:
+    """Makes a sequence ``[B, T, ...]`` from an example of one step."""
+
+    def repeat(leaf: Array) -> Array:
+        rolled = [jnp.roll(leaf, t, axis=0) for t in range(TIME)]
+        return jnp.stack(rolled, axis=1)
+
+    return random_like(jax.tree.map(repeat, x), seed)
+
+
+def _wide(tree: PyTree) -> PyTree:
+    def widen(leaf: Any) -> Array:
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(jnp.float64) if is_inexact(leaf) else leaf
+
+    return jax.tree.map(widen, tree)
+
+
+def _cell_case(cell: Cell, x: PyTree, params: PyTree) -> _Case:
+    x = _wide(jnp.zeros((BATCH, 5)) if x is None else x)
+    if any(leaf.shape[:1] != (BATCH,) for leaf in jax.tree.leaves(x)):
+        raise ValueError(f"check_cell: x must begin with a batch of {BATCH} rows")
+    if params is None:
+        params = moved(_wide(cell.init(jax.random.key(0), x)), seed=1)
+    carry = random_like(cell.init_carry(params, (BATCH,)), seed=2, scale=0.5)
+    return _Case(params, sequence_of(x, seed=3), carry)
+
+
+def _layer_case(layer: Layer, xs: PyTree, params: PyTree) -> _Case:
+    xs = _wide(jnp.zeros((BATCH, TIME, 5)) if xs is None else xs)
+    if any(leaf.shape[:2] != (BATCH, TIME) for leaf in jax.tree.leaves(xs)):
+        raise ValueError(f"check_layer: xs must begin with [{BATCH}, {TIME}]")
+    if params is None:
+        params = moved(_wide(layer.init(jax.random.key(0), xs)), seed=1)
+    carry = random_like(layer.init_carry(params, (BATCH,)), seed=2, scale=0.5)
+    return _Case(params, random_like(xs, seed=3), carry)
+
+
+Program = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+def _smooth(tree: PyTree) -> PyTree:
+    """Keeps the differentiable leaves; puts None in the place of others."""
+    return jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)
+
+
+def _join(smooth: PyTree, whole: PyTree) -> PyTree:
+    """Puts back what ``_smooth`` left out."""
+
+    def pick(a: Any, b: Any) -> Any:
+        return b if a is None else a
+
+    return jax.tree.map(pick, smooth, whole, is_leaf=lambda x: x is None)
+
+
+def _projected(
+    program: Program, case: _Case, end: Any, smooth: PyTree
+) -> tuple[Array, PyTree]:
+    """Projects outputs on random directions, the final carry's scaled by ``end``."""
+    out = program(*_join(smooth, (case.params, case.xs, case.carry)))
+    ys, carry = _dot(_directions(out), _smooth(out))
+    return ys + carry * end, out
+
+
+def _directions(out: tuple[PyTree, PyTree]) -> PyTree:
+    return _smooth(random_like(out, seed=7))
+
+
+def _dot(a: tuple, b: tuple) -> tuple[Array, ...]:
+    """Inner products, one an entry of the tuples."""
+
+    def dot(a: PyTree, b: PyTree) -> Array:
+        products = jax.tree.map(lambda x, y: (x * y).sum(), a, b)
+        return sum(jax.tree.leaves(products), jnp.zeros(()))
+
+    return tuple(map(dot, a, b))
+
+
+class _Runner:
+    """Runs a subject, with gradients; one compile a direction serves all laws."""
+
+    def __init__(
+        self,
+        call: Callable[..., tuple[PyTree, PyTree]],
+        way: str = "",
+        takes_resets: bool = True,
+    ) -> None:
+        self.call = call
+        self.way = way
+        self.takes_resets = takes_resets
+        self._jitted = jax.jit(self.run, static_argnames="options")
+
+    def run(
+        self, case: tuple, flags: dict, end: Any, options: tuple = ()
+    ) -> dict[str, PyTree]:
+        """Returns outputs, the projected loss, and its gradients."""
+        program = partial(self.call, **flags, **dict(options))
+        loss = partial(_projected, program, _Case(*case), end)
+        (value, (ys, carry)), grads = jax.value_and_grad(loss, has_aux=True)(
+            _smooth(case)
+        )
+        grads = dict(zip(("d_params", "d_xs", "d_carry"), grads, strict=True))
+        return {"ys": ys, "carry": carry, "loss": value, **grads}
+
+    def __call__(
+        self,
+        case: _Case,
+        *,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        end: float = 1.0,
+        **options: Any,
+    ) -> dict[str, PyTree]:
+        flags = {"mask": jnp.ones((BATCH, TIME), bool) if mask is None else mask}
+        if self.takes_resets:
+            none = jnp.zeros((BATCH, TIME), bool)
+            flags["resets"] = none if resets is None else resets
+        hashable = tuple(sorted(options.items()))
+        parts = (case.params, case.xs, case.carry)
+        return self._jitted(parts, flags, jnp.float64(end), options=hashable)
+
+
+# Laws that cells and layers share.
+
+
+def _map(f: Callable[[Array], Array], tree: PyTree) -> PyTree:
+    return jax.tree.map(f, tree)
+
+
+def _row(tree: PyTree, row: int) -> PyTree:
+    return _map(lambda leaf: leaf[row], tree)
+
+
+def holes() -> Array:
+    """A mask with left padding, holes, right padding, and a row without valid steps."""
+    rows = [[0, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]
+    return jnp.array(rows, bool)
+
+
+def right_padding() -> Array:
+    """The mask of lengths 4, T and 0."""
+    return jnp.arange(TIME)[None, :] < jnp.array([[4], [TIME], [0]])
+
+
+def fill(xs: PyTree, mask: Array, value: float) -> PyTree:
+    """Writes a value into the masked steps of floating leaves, and -1 into integers."""
+
+    def write(leaf: Array) -> Array:
+        garbage = value if is_inexact(leaf) else 0 if leaf.dtype == bool else -1
+        return where_rows(mask, leaf, jnp.full_like(leaf, garbage))
+
+    return _map(write, xs)
+
+
+def _check_padding(subject: Any, case: _Case, run: _Runner, **options: Any) -> None:
+    for mask in (holes(), right_padding()):
+        zeros = fill(case.xs, mask, 0.0)
+        clean = run(case.but(xs=zeros), mask=mask, **options)
+        for value in (1e3, jnp.nan):
+            with law(f"{value} in the padding changes nothing", subject, run):
+                garbage = fill(case.xs, mask, value)
+                got = run(case.but(xs=garbage), mask=mask, **options)
+                _assert_close(got, clean)
+        with law("gradients are finite, and zero in the padding", subject, run):
+            _assert_finite(clean)
+            _assert_close(fill(clean["d_xs"], mask, 0.0), clean["d_xs"])
+        with law("a row of length 0 returns its carry, in gradients too", subject, run):
+            _assert_close(_row(clean["carry"], 2), _row(case.carry, 2))
+            directions = _directions((clean["ys"], clean["carry"]))
+            _assert_close(_row(clean["d_carry"], 2), _row(directions[1], 2))
+
+
+def _assert_finite(tree: PyTree) -> None:
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        finite = np.all(np.isfinite(np.asarray(leaf, np.float64)))
+        assert finite, f"not finite at {jax.tree_util.keystr(path)}"
+
+
+def _check_chunks(subject: Any, case: _Case, run: _Runner) -> None:
+    with law("chunks equal the whole", subject, run):
+        whole, carry, ys, half = run(case), case.carry, [], TIME // 2
+        for start in range(0, TIME, half):
+            chunk = _map(lambda x, s=start: x[:, s : s + half], case.xs)
+            y, carry = run.call(case.params, chunk, carry)
+            ys.append(y)
+        joined = jax.tree.map(lambda *a: jnp.concatenate(a, 1), *ys)
+        _assert_close((joined, carry), (whole["ys"], whole["carry"]))
+
+
+def _check_rows(subject: Any, case: _Case, run: _Runner) -> None:
+    order, mask = jnp.array([2, 0, 1]), holes()
+    with law("rows are independent", subject, run):
+        out = run(case, mask=mask)
+        xs, carry = _map(lambda x: x[order], (case.xs, case.carry))
+        permuted = run(case.but(xs=xs, carry=carry), mask=mask[order])
+        expected = _map(lambda x: x[order], (out["ys"], out["carry"]))
+        _assert_close((permuted["ys"], permuted["carry"]), expected)
+        xs, carry = _map(lambda x: x[:1], (case.xs, case.carry))
+        alone, _ = run.call(case.params, xs, carry)
+        _assert_close(_row(alone, 0), _row(run(case)["ys"], 0))
+
+
+def _check_resets(
+    subject: Any,
+    case: _Case,
+    run: _Runner,
+    init_carry: Callable[[PyTree, tuple[int, ...]], PyTree],
+    **options: Any,
+) -> None:
+    """Resets equal separate sequences, here made by masking one segment at a time."""
+    boundary = jnp.array([[2], [4], [0]])  # at 0 the whole row is new
+    resets = jnp.arange(TIME)[None, :] == boundary
+    before = jnp.arange(TIME)[None, :] < boundary
+    # Row 0 has its boundary at a masked step, where it holds too.
+    mask = jnp.ones((BATCH, TIME), bool).at[0, 2].set(False).at[1, 1].set(False)
+    old, new = (~before, before) if options.get("reverse") else (before, ~before)
+
+    fresh, to_params = jax.vjp(
+        lambda p: _smooth(init_carry(p, (BATCH,))), _smooth(case.params)
+    )
+    fresh = init_carry(case.params, (BATCH,))
+    with law("resets equal separate sequences", subject, run):
+        whole = run(case, mask=mask, resets=resets, **options)
+        first = run(case, mask=old & mask, end=0.0, **options)
+        second = run(case.but(carry=fresh), mask=new & mask, **options)
+        _assert_close(whole["ys"], where_rows(old, first["ys"], second["ys"]))
+        _assert_close(whole["carry"], second["carry"])
+        _assert_close(whole["d_carry"], first["d_carry"])
+        # A learned fresh carry has a gradient from every reset.
+        learned = to_params(second["d_carry"])[0]
+        parts = (first["d_params"], second["d_params"], learned)
+        _assert_close(whole["d_params"], jax.tree.map(lambda *g: sum(g), *parts))
+        both = jax.tree.map(jnp.add, first["d_xs"], second["d_xs"])
+        _assert_close(whole["d_xs"], both)
+
+
+def _check_vmap(subject: Any, case: _Case, run: _Runner) -> None:
+    def scaled(scale: float) -> PyTree:
+        parts = (case.params, case.xs, case.carry)
+        return _map(lambda x: x * scale if is_inexact(x) else x, parts)
+
+    def gradient(*parts: PyTree) -> PyTree:
+        flags = {"mask": jnp.ones((BATCH, TIME), bool)}
+        return run.run(parts, flags, jnp.float64(1.0))
+
+    with law("vmap over params and inputs equals a loop", subject, run):
+        cases = [scaled(1.0), scaled(0.5)]
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *cases)
+        together = jax.jit(jax.vmap(gradient))(*stacked)
+        for i, parts in enumerate(cases):
+            _assert_close(_row(together, i), run(_Case(*parts)))
+
+
+def _check_derivatives(subject: Any, case: _Case, run: _Runner) -> None:
+    """Compares directional derivatives with central differences, to second order."""
+    parts = (case.params, case.xs, case.carry)
+    flags = {"mask": holes()}
+    if run.takes_resets:
+        flags["resets"] = jnp.zeros((BATCH, TIME), bool).at[:, 4].set(True)
+    along, across = (
+        random_like(_smooth(parts), seed, 0.1) for seed in (4, 5)
+    )
+    epsilon = 1e-5
+
+    def at(step: float) -> dict[str, PyTree]:
+        shifted = jax.tree.map(lambda p, d: p + step * d, _smooth(parts), along)
+        return run(_Case(*_join(shifted, parts)), **flags)
+
+    def slope(result: dict[str, PyTree], direction: PyTree) -> Array:
+        grads = (result["d_params"], result["d_xs"], result["d_carry"])
+        return sum(_dot(grads, direction), jnp.zeros(()))
+
+    high, here, low = at(epsilon), at(0.0), at(-epsilon)
+    close = partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-7)
+    with law("gradients equal finite differences", subject, run):
+        difference = (high["loss"] - low["loss"]) / (2 * epsilon)
+        close(slope(here, along), difference)
+
+    def slope_at(smooth: PyTree) -> Array:
+        return slope(run.run(_join(smooth, parts), flags, jnp.float64(1.0)), across)
+
+    with law("gradients of gradients equal finite differences", subject, run):
+        difference = (slope(high, across) - slope(low, across)) / (2 * epsilon)
+        second = jax.jit(jax.grad(slope_at))(_smooth(parts))
+        close(sum(_dot(second, along), jnp.zeros(())), difference)
+
+
+def _check_config(subject: Any) -> None:
+    with law("a config is hashable and equal by value", subject):
+        copy = dataclasses.replace(subject)
+        assert copy == subject, "a copy differs"
+        assert hash(copy) == hash(subject), "a copy has another hash"
+
+
+def _check_traces(subject: Any, case: _Case, make_call: Callable[[Any], Any]) -> None:
+    count = [0]
+
+    @dataclasses.dataclass(frozen=True)
+    class Counting:
+        """The subject, counting how often it is traced; equal by value."""
+
+        subject: Any
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(object.__getattribute__(self, "subject"), name)
+
+        def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> PyTree:
+            count[0] += 1
+            return self.subject.init_carry(params, batch_shape)
+
+    with law("jit equals eager, and equal configs share a trace", subject):
+        eager = make_call(Counting(subject))(case.params, case.xs)
+        traced = count[0]
+        make_call(Counting(subject))(case.params, case.xs)
+        assert count[0] == traced, f"traced {count[0]} times, expected {traced}"
+        _assert_close(jax.jit(make_call(subject))(case.params, case.xs), eager)
+
+
+# The laws of a cell alone.
+
+
+def _check_step(cell: Any, case: _Case) -> None:
+    params, xs = prepare(cell, case.params, case.xs)
+    x = _map(lambda leaf: leaf[:, 0], xs)
+    fresh = cell.init_carry(case.params, (BATCH,))
+    with law("every carry leaf begins with the batch", cell):
+        for leaf in jax.tree.leaves(fresh):
+            assert leaf.shape[:1] == (BATCH,), f"got a leaf of shape {leaf.shape}"
+    with law("a step returns a carry of the type it was given", cell):
+        new, _ = cell.step(params, fresh, x)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, fresh)
+    if gated(cell):
+        with law("step(p, c, x) == update(p, c, zx, mix(p, c, zx))", cell):
+            zx = cell.project(params, x)
+            zh = cell.mix(params, case.carry, zx)
+            parts = cell.update(params, case.carry, zx, zh)
+            _assert_close(parts, cell.step(params, case.carry, x))
+
+
+def _check_python_loop(cell: Any, case: _Case, run: _Runner) -> None:
+    params, xs = prepare(cell, case.params, case.xs)
+    carry, steps, step = case.carry, [], jax.jit(cell.step)
+    for t in range(TIME):
+        carry, y = step(params, carry, _map(lambda x, t=t: x[:, t], xs))
+        steps.append((y, carry))
+    ys, carries = jax.tree.map(lambda *a: jnp.stack(a, 1), *steps)
+    with law("unrolling equals a Python loop", cell, run):
+        got = run.call(case.params, case.xs, case.carry, return_carries=True)
+        _assert_close(got, (ys, carry, carries))
+
+
+def _check_reverse(cell: Any, case: _Case, run: _Runner) -> None:
+    mask, flip = holes(), partial(_map, lambda x: jnp.flip(x, 1))
+    with law("reverse equals flipping", cell, run):
+        back = run(case, reverse=True, mask=mask)
+        flipped = run(case.but(xs=flip(case.xs)), mask=flip(mask))
+        expected = (flip(flipped["ys"]), flipped["carry"])
+        _assert_close((back["ys"], back["carry"]), expected)
+
+
+# The laws of a layer alone.
+
+
+def _check_lengths(layer: Layer, case: _Case, run: _Runner) -> None:
+    lengths = jnp.array([4, TIME, 0])
+    with law("lengths equal the mask that they stand for", layer):
+        by_mask = run(case, mask=right_padding())
+        ys, carry = layer.apply(case.params, case.xs, case.carry, lengths=lengths)
+        _assert_close((ys, carry), (by_mask["ys"], by_mask["carry"]))
+    with law("no mask equals a mask of valid steps", layer):
+        ys, carry = layer.apply(case.params, case.xs, case.carry)
+        full = run(case)
+        _assert_close((ys, carry), (full["ys"], full["carry"]))
+    with law("outputs are zero where retime says that they are not valid", layer):
+        after, _, _ = retime(layer, lengths, None, None)
+        _, mask, _ = retime(layer, None, right_padding(), None)
+        time = jax.tree.leaves(by_mask["ys"])[0].shape[1]
+        valid = jnp.arange(time)[None, :] < after[:, None]  # type: ignore[index]
+        _assert_close(mask, valid)
+        _assert_close(fill(by_mask["ys"], valid, 0.0), by_mask["ys"])
+
+
+def _check_causal(layer: Layer, case: _Case, run: _Runner, causal: bool) -> None:
+    if causal:
+        _check_chunks(layer, case, run)
+        return
+    with law("a layer that is not causal depends on the future", layer):
+        ahead = jnp.zeros((BATCH, TIME), bool).at[:, 1:].set(True)
+        other = case.but(xs=fill(case.xs, ~ahead, 0.0))
+        now, then = run(case)["ys"], run(other)["ys"]
+        pairs = zip(jax.tree.leaves(now), jax.tree.leaves(then), strict=True)
+        changed = any(bool((a[:, 0] != b[:, 0]).any()) for a, b in pairs)
+        assert changed, "its first output does not; say causal = True"
+
+
+def _check_layer_resets(layer: Layer, case: _Case, run: _Runner) -> None:
+    if is_causal(layer):
+        _check_resets(layer, case, run, layer.init_carry)
+        return
+    # The two directions enter a segment from its two ends, so let both be fresh.
+    fresh = layer.init_carry(case.params, (BATCH,))
+    resets = jnp.arange(TIME)[None, :] == jnp.array([[2], [4], [0]])
+    before = jnp.cumsum(resets, 1) == 0
+    with law("resets equal separate sequences", layer):
+        whole = run(case.but(carry=fresh), resets=resets)
+        parts = [run(case.but(carry=fresh), mask=m)["ys"] for m in (before, ~before)]
+        _assert_close(whole["ys"], where_rows(before, *parts))
