@@ -2,10 +2,10 @@
 
 from jlstm import cells, init, layers, models, testing
 from jlstm.cells import *  # noqa: F403
-from jlstm.door import Explanation, explain, unroll
+from jlstm.door import Explanation, explain, unroll, valid_steps
 from jlstm.layers import *  # noqa: F403
 from jlstm.models import *  # noqa: F403
-from jlstm.types import Cell, Layer, Policy, config, gated
+from jlstm.types import Cell, Layer, Policy, config, gated, where_rows, zero_rows
 
 __version__ = "0.1.0"
 
@@ -20,6 +20,9 @@ __all__ = [
     "init",
     "testing",
     "unroll",
+    "valid_steps",
+    "where_rows",
+    "zero_rows",
     *cells.__all__,
     *layers.__all__,
     *models.__all__,

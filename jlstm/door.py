@@ -101,9 +101,9 @@ def unroll(
       (True, True)
     """
     check_hashable(cell, "unroll")
-    batch, time = _check_xs(cell, xs)
-    mask = valid_steps((batch, time), lengths=lengths, mask=mask, resets=resets)
-    _check_carry(cell, params, carry, batch)
+    _check_xs(cell, xs)
+    mask = valid_steps(xs, lengths=lengths, mask=mask, resets=resets, where="unroll")
+    _check_carry(cell, params, carry, jax.tree.leaves(xs)[0].shape[0])
     return _unroll(
         Call(cell, choose(cell, implementation), reverse, return_carries),
         params,
@@ -259,8 +259,8 @@ def batch_and_time(xs: PyTree, where: str) -> tuple[int, int]:
     return leaves[0].shape[:2]
 
 
-def _check_xs(cell: Cell, xs: PyTree) -> tuple[int, int]:
-    batch, time = batch_and_time(xs, "unroll")
+def _check_xs(cell: Cell, xs: PyTree) -> None:
+    batch_and_time(xs, "unroll")
     leaves = jax.tree.leaves(xs)
     features = getattr(cell, "x_ndim", 1)
     if len(leaves) == 1 and leaves[0].ndim != 2 + features:
@@ -270,27 +270,40 @@ def _check_xs(cell: Cell, xs: PyTree) -> tuple[int, int]:
             f"xs must be {expected}, got shape {leaves[0].shape}; {cell!r} takes x of "
             f"{features} feature dimensions (its attribute x_ndim)",
         )
-    return batch, time
 
 
 def valid_steps(
-    shape: tuple[int, int],
+    xs: PyTree,
     *,
     lengths: Array | None = None,
     mask: Array | None = None,
     resets: Array | None = None,
-    where: str = "unroll",
+    where: str = "valid_steps",
 ) -> Array | None:
-    """Checks lengths, mask and resets against ``(B, T)``, and returns the mask.
+    """Checks a layer's lengths, mask and resets, and returns the mask.
+
+    The first line of a layer of one's own: what it returns goes to
+    :func:`jlstm.zero_rows`, for the inputs and again for the outputs.
+
+    Args:
+      xs: the inputs, ``[B, T, ...]``.
+      lengths: ``[B]`` integers, or ``None``.
+      mask: ``[B, T]`` booleans, or ``None``.
+      resets: ``[B, T]`` booleans, or ``None``.
+      where: begins the error message.
 
     Returns:
       ``[B, T]`` booleans, or ``None`` if every step is valid.
 
     Raises:
-      ValueError: both are given; a wrong shape or dtype; a concrete length out of
-        range. In a trace lengths are clipped.
+      ValueError: lengths and mask are both given; a wrong shape or dtype; a concrete
+        length out of range. In a trace lengths are clipped.
+
+    Example:
+      >>> jlstm.valid_steps(jnp.ones((1, 3, 5)), lengths=jnp.array([2])).tolist()
+      [[True, True, False]]
     """
-    batch, time = shape
+    shape = batch, time = batch_and_time(xs, where)
     for name, flags in (("mask", mask), ("resets", resets)):
         if flags is not None and (flags.shape != shape or flags.dtype != bool):
             raise error(
@@ -367,8 +380,8 @@ def explain(cell: Cell, *, implementation: str | None = None) -> Explanation:
 
     Example:
       >>> print(jlstm.explain(jlstm.LSTM(8)))
-      fused runs
-      scan does not: fused comes first; scan also has forward mode (jvp)
+      scan runs
+      fused does not: scan comes first
     """
     chosen = choose(cell, implementation)
     others = []
@@ -377,8 +390,6 @@ def explain(cell: Cell, *, implementation: str | None = None) -> Explanation:
             why = kernel.why_not(cell) or (
                 f"{chosen} was named" if implementation else f"{chosen} comes first"
             )
-            if name == "scan":
-                why += "; scan also has forward mode (jvp)"
             others.append((name, why))
     return Explanation(chosen, tuple(others))
 

@@ -45,6 +45,7 @@ def check_cell(
     *,
     params: PyTree = None,
     implementations: tuple[str, ...] | None = None,
+    take_rows: Callable[[PyTree, Array], PyTree] | None = None,
     smooth: bool = True,
 ) -> None:
     """Checks a cell against the laws.
@@ -64,6 +65,8 @@ def check_cell(
       params: params to check with, in float64; made by ``init``, and moved a little so
         that nothing is zero, if ``None``.
       implementations: which to check; all that can run the cell if ``None``.
+      take_rows: ``take_rows(params, rows)``, for a cell some of whose params have a
+        leaf for each row, such as an encoder's memory.
       smooth: false leaves out finite differences, for a cell with kinks.
 
     Raises:
@@ -90,7 +93,7 @@ def check_cell(
             _check_padding(cell, case, run, reverse=True)
             _check_chunks(cell, case, run)
             _check_reverse(cell, case, run)
-            _check_rows(cell, case, run)
+            _check_rows(cell, case, run, take_rows)
             _check_resets(cell, case, run, cell.init_carry)
             _check_resets(cell, case, run, cell.init_carry, reverse=True)
             _check_vmap(cell, case, run)
@@ -379,16 +382,26 @@ def _check_chunks(subject: Any, case: _Case, run: _Runner) -> None:
         _assert_close((joined, carry), (whole["ys"], whole["carry"]))
 
 
-def _check_rows(subject: Any, case: _Case, run: _Runner) -> None:
+def _check_rows(
+    subject: Any,
+    case: _Case,
+    run: _Runner,
+    take_rows: Callable[[PyTree, Array], PyTree] | None = None,
+) -> None:
     order, mask = jnp.array([2, 0, 1]), holes()
+
+    def rows(chosen: Array) -> _Case:
+        xs, carry = _map(lambda x: x[chosen], (case.xs, case.carry))
+        params = case.params if take_rows is None else take_rows(case.params, chosen)
+        return _Case(params, xs, carry)
+
     with law("rows are independent", subject, run):
         out = run(case, mask=mask)
-        xs, carry = _map(lambda x: x[order], (case.xs, case.carry))
-        permuted = run(case.but(xs=xs, carry=carry), mask=mask[order])
+        permuted = run(rows(order), mask=mask[order])
         expected = _map(lambda x: x[order], (out["ys"], out["carry"]))
         _assert_close((permuted["ys"], permuted["carry"]), expected)
-        xs, carry = _map(lambda x: x[:1], (case.xs, case.carry))
-        alone, _ = run.call(case.params, xs, carry)
+        one = rows(jnp.array([0]))
+        alone, _ = run.call(one.params, one.xs, one.carry)
         _assert_close(_row(alone, 0), _row(run(case)["ys"], 0))
 
 
@@ -449,9 +462,7 @@ def _check_derivatives(subject: Any, case: _Case, run: _Runner) -> None:
     flags = {"mask": holes()}
     if run.takes_resets:
         flags["resets"] = jnp.zeros((BATCH, TIME), bool).at[:, 4].set(True)
-    along, across = (
-        random_like(_smooth(parts), seed, 0.1) for seed in (4, 5)
-    )
+    along, across = (random_like(_smooth(parts), seed, 0.1) for seed in (4, 5))
     epsilon = 1e-5
 
     def at(step: float) -> dict[str, PyTree]:

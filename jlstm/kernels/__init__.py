@@ -6,6 +6,7 @@ and ``why_not(cell)``, which gives the reason why it cannot run a cell, or ``Non
 
 from jlstm.kernels import fused, scan
 
-IMPLEMENTATIONS = {"fused": fused, "scan": scan}
+# In the order in which they are chosen where none is named.
+IMPLEMENTATIONS = {"scan": scan, "fused": fused}
 
 __all__ = ["IMPLEMENTATIONS"]

@@ -13,7 +13,6 @@ from jlstm import door
 from jlstm.layers.recurrent import (
     RNN,
     check_layer_field,
-    mask_of,
     rows,
     run_layer,
     take_valid,
@@ -117,7 +116,8 @@ class Stack:
                     f"{name} must have one entry a layer, {len(self.layers)}, got "
                     f"{len(value)}",
                 )
-        valid = mask_of(xs, **masking, where="stack")
+        given = {name: masking.get(name) for name in ("lengths", "mask", "resets")}
+        valid = door.valid_steps(xs, **given, where="stack")
         check_input(self, zero_rows(valid, xs))
         # A summary needs the layers to run, not a compiled copy of them.
         run = _run_stack if rows() is None else _run_stack.__wrapped__
@@ -224,11 +224,19 @@ class Residual:
         return self.layer.init_carry(params, batch_shape)
 
     def apply(
-        self, params: PyTree, xs: PyTree, carry: PyTree = None, **masking: Any
+        self,
+        params: PyTree,
+        xs: PyTree,
+        carry: PyTree = None,
+        *,
+        key: Array | None = None,
+        **masking: Any,
     ) -> tuple[PyTree, PyTree]:
         """Runs the inner layer and adds its input, which must have the same shape."""
-        mask = mask_of(xs, **masking, where="Residual")
-        ys, carry = run_layer("Residual", self.layer, params, xs, carry, **masking)
+        mask = door.valid_steps(xs, **masking, where="Residual")
+        ys, carry = run_layer(
+            "Residual", self.layer, params, xs, carry, key=key, **masking
+        )
         if door.shapes(ys) != door.shapes(xs):
             raise door.error(
                 "Residual",
@@ -292,7 +300,7 @@ def pool(
         return last(name, layer, params, xs, carry, key=key, **masking)
     ys, carry = run_layer(name, layer, params, xs, carry, key=key, **masking)
     lengths, mask, _ = retime(layer, **masking)
-    valid = mask_of(ys, lengths=lengths, mask=mask, where="pool")
+    valid = door.valid_steps(ys, lengths=lengths, mask=mask, where=name)
     return _reduce(ys, valid, kind), carry
 
 
@@ -364,7 +372,7 @@ def last(
     ys, carry = run_layer(name, layer, params, xs, carry, **masking)
     masking.pop("key", None)
     lengths, mask, _ = retime(layer, **masking)
-    return take_valid(ys, mask_of(ys, lengths=lengths, mask=mask)), carry
+    return take_valid(ys, door.valid_steps(ys, lengths=lengths, mask=mask)), carry
 
 
 def step(

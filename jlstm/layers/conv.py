@@ -12,7 +12,6 @@ from flax import struct
 from jlstm import door
 from jlstm import init as initialisers
 from jlstm.cells.gates import affine
-from jlstm.layers.recurrent import mask_of
 from jlstm.types import (
     Array,
     Initializer,
@@ -177,15 +176,14 @@ class Conv:
                 f"xs must be [B, T, D={params.w.shape[1]}], got {list(xs.shape)}",
             )
         given = {"lengths": lengths, "mask": mask, "resets": resets}
-        valid = mask_of(xs, **given, where="Conv")
+        valid = door.valid_steps(xs, **given, where="Conv")
         dtype = common_dtype(xs.dtype, params.w.dtype)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         xs = zero_rows(valid, xs.astype(dtype))
         if not self.causal:
             lengths, mask, _ = self.retime(**given)
             ys = self._convolve(params, xs, resets)
-            out_shape = (ys.shape[0], ys.shape[1])
-            out = door.valid_steps(out_shape, lengths=lengths, mask=mask, where="Conv")
+            out = door.valid_steps(ys, lengths=lengths, mask=mask, where="Conv")
             return zero_rows(out, ys), ()
         if carry is None:
             carry = self.init_carry(params, xs.shape[:1])

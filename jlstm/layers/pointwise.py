@@ -13,7 +13,6 @@ from jax.sharding import AxisType, PartitionSpec
 from jlstm import door
 from jlstm import init as initialisers
 from jlstm.cells.gates import affine
-from jlstm.layers.recurrent import mask_of
 from jlstm.types import (
     Array,
     Initializer,
@@ -55,7 +54,9 @@ class Pointwise:
         """Maps each step by itself."""
         del carry
         where = type(self).__name__
-        mask = mask_of(xs, lengths=lengths, mask=mask, resets=resets, where=where)
+        mask = door.valid_steps(
+            xs, lengths=lengths, mask=mask, resets=resets, where=where
+        )
         return zero_rows(mask, self._map(params, zero_rows(mask, xs), key)), ()
 
     def _map(self, params: PyTree, xs: PyTree, key: Array | None) -> PyTree:

@@ -189,11 +189,17 @@ class RNN:
         return ys, carry
 
     def last(
-        self, params: PyTree, xs: PyTree, carry: PyTree = None, **masking: Any
+        self,
+        params: PyTree,
+        xs: PyTree,
+        carry: PyTree = None,
+        *,
+        key: Array | None = None,
+        **masking: Any,
     ) -> tuple[PyTree, PyTree]:
         """Runs the cell and returns the output of the last step that it took."""
-        ys, carry = self.apply(params, xs, carry, **masking)
-        mask = mask_of(xs, **masking)
+        ys, carry = self.apply(params, xs, carry, key=key, **masking)
+        mask = door.valid_steps(xs, **masking)
         return take_valid(ys, mask, first=self.reverse), carry
 
 
@@ -210,23 +216,6 @@ def _check_floating(cell: Cell, xs: PyTree) -> None:
             f"xs of {cell!r} must be floating, got {leaves[0].dtype}; put "
             "Embed(vocab_size, size) before it",
         )
-
-
-def mask_of(
-    xs: PyTree,
-    *,
-    lengths: Array | None = None,
-    mask: Array | None = None,
-    resets: Array | None = None,
-    key: Array | None = None,
-    where: str = "apply",
-) -> Array | None:
-    """Checks a layer's masking arguments and returns the mask, ``[B, T]`` or ``None``."""
-    del key
-    shape = door.batch_and_time(xs, where)
-    return door.valid_steps(
-        shape, lengths=lengths, mask=mask, resets=resets, where=where
-    )
 
 
 def take_valid(ys: PyTree, mask: Array | None, *, first: bool = False) -> PyTree:

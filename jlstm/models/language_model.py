@@ -9,10 +9,18 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm.cells import affine
+from jlstm.door import valid_steps
 from jlstm.init import Normal
 from jlstm.layers import Dense, Embed, EmbedParams, run_layer
-from jlstm.layers.recurrent import check_layer_field, mask_of
-from jlstm.types import Array, PyTree, check_positive, config, zero_rows
+from jlstm.layers.recurrent import check_layer_field
+from jlstm.types import (
+    Array,
+    PyTree,
+    check_positive,
+    common_dtype,
+    config,
+    zero_rows,
+)
 
 
 @struct.dataclass
@@ -99,12 +107,12 @@ class LanguageModel:
     ) -> tuple[Array, PyTree]:
         """Returns ``(logits [B, T, V], carry)`` for tokens ``xs [B, T]``."""
         masking = {"lengths": lengths, "mask": mask, "resets": resets}
-        valid = mask_of(xs, **masking, where="LanguageModel")
+        valid = valid_steps(xs, **masking, where="LanguageModel")
         vectors, _ = run_layer("embed", self._embed, params.embed, xs, **masking)
         ys, carry = run_layer(
             "body", self.body, params.body, vectors, carry, key=key, **masking
         )
         w = params.embed.table.T if params.w is None else params.w
-        dtype = jnp.promote_types(ys.dtype, w.dtype)
+        dtype = common_dtype(ys.dtype, w.dtype)
         logits = affine(ys.astype(dtype), w.astype(dtype), params.b.astype(dtype))
         return zero_rows(valid, logits), carry

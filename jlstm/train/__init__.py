@@ -1,0 +1,78 @@
+"""Optax training loops, ignorant of recurrence.
+
+A loss function ``loss_fn(params, batch, *, key, carry) -> (loss, Aux)`` becomes a
+compiled step, :func:`fit` runs it, and hooks do everything else.
+"""
+
+from jlstm.train.checkpoint import load, save
+from jlstm.train.hooks import (
+    Best,
+    early_stopping,
+    evaluate_every,
+    every,
+    keep_best,
+    show_progress,
+    write_jsonl,
+)
+from jlstm.train.loop import Hook, Report, fit
+from jlstm.train.losses import (
+    Mean,
+    absolute_error,
+    accuracy,
+    average,
+    bits,
+    sigmoid_cross_entropy,
+    softmax_cross_entropy,
+    squared_error,
+)
+from jlstm.train.optimizers import adamw, make_schedule, sgd
+from jlstm.train.plots import plot_metrics, read_jsonl
+from jlstm.train.script import Options, Workdir, describe, environment, run
+from jlstm.train.state import TrainState, create_state
+from jlstm.train.step import (
+    Aux,
+    LossFn,
+    evaluate,
+    make_eval_step,
+    make_train_step,
+)
+
+__all__ = [
+    "Aux",
+    "Best",
+    "Hook",
+    "LossFn",
+    "Mean",
+    "Options",
+    "Report",
+    "TrainState",
+    "Workdir",
+    "absolute_error",
+    "accuracy",
+    "adamw",
+    "average",
+    "bits",
+    "create_state",
+    "describe",
+    "early_stopping",
+    "environment",
+    "evaluate",
+    "evaluate_every",
+    "every",
+    "fit",
+    "keep_best",
+    "load",
+    "make_eval_step",
+    "make_schedule",
+    "make_train_step",
+    "plot_metrics",
+    "read_jsonl",
+    "run",
+    "save",
+    "sgd",
+    "show_progress",
+    "sigmoid_cross_entropy",
+    "softmax_cross_entropy",
+    "squared_error",
+    "write_jsonl",
+]

@@ -1,0 +1,410 @@
+"""What happens at each report of a run: plain callables ``hook(report)``."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib
+import json
+import math
+import operator
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jlstm.train.loop import Hook, Report
+from jlstm.train.step import EvalStep, evaluate
+from jlstm.types import PyTree
+
+Mode = Literal["min", "max"]
+
+
+def every(n: int, hook: Hook) -> Hook:
+    """Makes a hook that runs at the first report at or after each ``n`` steps.
+
+    It also runs at the last report, and never twice at a step.
+
+    Args:
+      n: number of steps.
+      hook: what to run.
+
+    Returns:
+      The hook.
+
+    Raises:
+      ValueError: ``n`` is not positive.
+
+    Example:
+      >>> hook = jlstm.train.every(100, lambda report: print(report.step))
+      >>> hook(jlstm.train.Report(step=100, num_steps=900, state=None, window_steps=50))
+      100
+    """
+    if n < 1:
+        raise ValueError(f"every: n must be at least 1, got {n}")
+    done = None
+
+    def run_every(report: Report) -> None:
+        nonlocal done
+        before = report.step - report.window_steps
+        due = report.step // n > before // n or report.last
+        if due and done != report.step:
+            hook(report)
+            done = report.step
+
+    return _Wrapped(run_every, hook)
+
+
+class _Wrapped:
+    """A hook around another, which it closes."""
+
+    def __init__(self, run: Hook, inner: Hook) -> None:
+        self._run = run
+        self._inner = inner
+
+    def __call__(self, report: Report) -> None:
+        self._run(report)
+
+    def close(self) -> None:
+        close = getattr(self._inner, "close", None)
+        if close is not None:
+            close()
+
+
+def evaluate_every(
+    n: int,
+    eval_step: EvalStep,
+    make_batches: Callable[[], Iterable[Any]],
+    *,
+    prefix: str = "validation_",
+) -> Hook:
+    """Makes a hook that adds the metrics of a data set to the report, as in ``every``.
+
+    List it before the hooks that read these metrics.
+
+    Args:
+      n: number of steps between evaluations.
+      eval_step: from ``make_eval_step``.
+      make_batches: called for the batches of each evaluation.
+      prefix: put before the names of the metrics.
+
+    Returns:
+      The hook.
+
+    Example:
+      >>> def loss_fn(params, batch, *, key, carry):
+      ...     return jlstm.train.squared_error(params, batch), jlstm.train.Aux({})
+      >>> eval_step = jlstm.train.make_eval_step(loss_fn)
+      >>> hook = jlstm.train.evaluate_every(500, eval_step, lambda: [jnp.ones(3)])
+    """
+
+    def run_evaluation(report: Report) -> None:
+        metrics = evaluate(eval_step, report.state.params, make_batches())
+        report.metrics |= {prefix + name: value for name, value in metrics.items()}
+
+    return every(n, run_evaluation)
+
+
+@dataclasses.dataclass
+class Best:
+    """The best value of a metric so far, and the params that had it.
+
+    Attributes:
+      metric: the name of the metric.
+      mode: ``"min"`` or ``"max"``.
+      keep: whether to keep params.
+      value: the best value, None before any.
+      step: its step.
+    """
+
+    metric: str
+    mode: Mode = "min"
+    keep: bool = True
+    value: float | None = None
+    step: int | None = None
+    _params: PyTree = dataclasses.field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"mode: must be 'min' or 'max', got {self.mode!r}")
+
+    def __call__(self, report: Report) -> None:
+        """Takes the report's value if it is better; NaN never is."""
+        value = report.metrics.get(self.metric)
+        if value is None or math.isnan(value):
+            return
+        better = operator.lt if self.mode == "min" else operator.gt
+        if self.value is None or better(value, self.value):
+            self.value, self.step = value, report.step
+            if self.keep:
+                # The next step takes the memory of the state's own arrays.
+                self._params = jax.tree.map(jnp.copy, report.state.params)
+
+    @property
+    def params(self) -> PyTree:
+        """The best params.
+
+        Raises:
+          ValueError: no report had the metric.
+        """
+        if self.value is None:
+            raise ValueError(
+                f"keep_best: no report had a number for {self.metric!r}; list the hook "
+                "after the one that adds it"
+            )
+        return self._params
+
+
+def keep_best(metric: str, mode: Mode = "min") -> Best:
+    """Makes a hook that keeps a copy of the params with the best value of a metric.
+
+    Args:
+      metric: the name, such as ``"validation_loss"``.
+      mode: whether the least or the greatest value is best.
+
+    Returns:
+      The hook, with ``value``, ``step`` and ``params``.
+
+    Raises:
+      ValueError: an unknown mode.
+
+    Example:
+      >>> best = jlstm.train.keep_best("validation_loss")
+      >>> hooks = [best]  # train.fit(..., hooks=hooks), then best.params
+    """
+    return Best(metric, mode)
+
+
+def early_stopping(metric: str, patience: int, mode: Mode = "min") -> Hook:
+    """Makes a hook that ends the run when a metric has ceased to improve.
+
+    Args:
+      metric: the name, such as ``"validation_loss"``.
+      patience: how many values in a row may be no better than the best before them. A
+        report without the metric does not count; NaN counts as no better.
+      mode: whether the least or the greatest value is best.
+
+    Returns:
+      The hook. It warns at the end of a run in which the metric never came up.
+
+    Raises:
+      ValueError: an unknown mode, or ``patience`` is not positive.
+
+    Example:
+      >>> stop = jlstm.train.early_stopping("loss", patience=1)
+      >>> first = jlstm.train.Report(1, 9, None, {"loss": 0.5})
+      >>> second = jlstm.train.Report(2, 9, None, {"loss": 0.6})
+      >>> stop(first), stop(second), second.stop
+      (None, None, 'loss has not improved on 0.5 since step 1')
+    """
+    if patience < 1:
+        raise ValueError(f"early_stopping: patience must be at least 1, got {patience}")
+    best = Best(metric, mode, keep=False)
+    seen, misses = False, 0
+
+    def stop_early(report: Report) -> None:
+        nonlocal seen, misses
+        if metric in report.metrics:
+            seen = True
+            best(report)
+            misses = 0 if best.step == report.step else misses + 1
+            if misses >= patience:
+                report.stop = (
+                    f"{metric} has not improved on {best.value:.6g} since step "
+                    f"{best.step}"
+                    if best.value is not None
+                    else f"{metric} was never a number"
+                )
+        elif report.last and not seen:
+            warnings.warn(
+                f"early_stopping: {metric!r} never came up; the last report has "
+                f"{sorted(report.metrics)}",
+                stacklevel=2,
+            )
+
+    return stop_early
+
+
+def write_jsonl(path: str | os.PathLike[str]) -> Hook:
+    """Makes a hook that appends each report to a file, one JSON object a line.
+
+    A line has ``step``, ``seconds`` and the metrics, and ``stop`` where the run ends
+    early; numbers that are not finite become null. What a crash left of a half-written
+    line is cut off before the first new one.
+
+    Args:
+      path: of the file; its folder is made.
+
+    Returns:
+      The hook.
+
+    Example:
+      >>> import tempfile
+      >>> path = tempfile.mkdtemp() + "/metrics.jsonl"
+      >>> jlstm.train.write_jsonl(path)(jlstm.train.Report(1, 2, None, {"loss": 0.5}))
+      >>> jlstm.train.read_jsonl(path)
+      [{'step': 1, 'seconds': 0.0, 'loss': 0.5}]
+    """
+    file = Path(path)
+    begun = False
+
+    def write_line(report: Report) -> None:
+        nonlocal begun
+        record = {"step": report.step, "seconds": round(report.seconds, 3)}
+        record |= {name: finite(value) for name, value in report.metrics.items()}
+        if report.stop is not None:
+            record["stop"] = report.stop
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "ab+") as stream:
+            if not begun:
+                _cut_half_line(stream)
+            stream.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        begun = True
+
+    return write_line
+
+
+def _cut_half_line(file: IO[bytes]) -> None:
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def finite(value: Any) -> Any:
+    """Returns the value, or None for a float that JSON cannot write."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show_progress(*, interval: float = 10.0, unit: str = "items") -> Hook:
+    """Makes a hook that shows how a run goes.
+
+    On a terminal it is a bar, elsewhere a line now and then: metrics, steps a second,
+    the time left; and items a second, if the loss is a ``Mean`` and so counts them.
+
+    Args:
+      interval: seconds between lines where stdout is no terminal.
+      unit: what the loss counts, such as ``"tokens"``.
+
+    Returns:
+      The hook.
+
+    Raises:
+      ImportError: stdout is a terminal, and rich is not installed.
+
+    Example:
+      >>> show = jlstm.train.show_progress(unit="tokens")
+      >>> state = None
+      >>> show(jlstm.train.Report(50, 90, state, {"loss": 0.5}, {}, 2.0, 50, 2.0))
+      step 50/90  loss 0.5  25 steps/s  eta 0:00:02
+    """
+    return _Bar(unit) if sys.stdout.isatty() else _Lines(interval, unit)
+
+
+class _Lines:
+    """Prints at most one line an interval, besides the first, the last, and news."""
+
+    def __init__(self, interval: float, unit: str) -> None:
+        self._interval, self._unit = interval, unit
+        self._printed = -math.inf
+
+    def __call__(self, report: Report) -> None:
+        now = time.monotonic()
+        if report.last or now - self._printed >= self._interval:
+            self._printed = now
+            parts = [f"step {report.step}/{report.num_steps}"]
+            parts += _metrics_text(report), _rates_text(report, self._unit)
+            if report.window_steps and not report.last:
+                parts.append(f"eta {_eta(report)}")
+            if report.stop is not None:
+                parts.append(f"stopped: {report.stop}")
+            print("  ".join(filter(None, parts)), flush=True)
+
+
+class _Bar:
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._rich = import_optional("rich.progress")
+        self._progress: Any = None
+
+    def __call__(self, report: Report) -> None:
+        bar = self._progress = self._progress or self._start()
+        bar.update(
+            self._task,
+            completed=report.step,
+            total=report.num_steps,
+            eta="" if report.last else _eta(report),
+        )
+        if report.window_steps:
+            rates = _rates_text(report, self._unit)
+            bar.update(self._task, text=f"{_metrics_text(report)}  {rates}")
+        bar.refresh()
+        if report.stop is not None:
+            self.close()
+            print(f"stopped: {report.stop}")
+
+    def _start(self) -> Any:
+        rich = self._rich
+        bar = rich.Progress(
+            rich.BarColumn(bar_width=16),
+            rich.MofNCompleteColumn(),
+            rich.TextColumn("{task.fields[eta]}", style="progress.remaining"),
+            rich.TextColumn("{task.fields[text]}"),
+            auto_refresh=False,
+        )
+        bar.start()
+        self._task = bar.add_task("", total=None, text="", eta="")
+        return bar
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _metrics_text(report: Report) -> str:
+    # A compiled step returns its metrics in alphabetical order.
+    names = sorted(report.metrics, key=lambda name: name != "loss")
+    return "  ".join(f"{name} {report.metrics[name]:.4g}" for name in names)
+
+
+def _rates_text(report: Report, unit: str) -> str:
+    if not report.window_steps:
+        return ""
+    seconds = max(report.window_seconds, 1e-9)
+    text = f"{_round(report.window_steps / seconds)} steps/s"
+    items = report.counts.get("loss", 0)
+    if items > report.window_steps:
+        text += f"  {_round(items / seconds)} {unit}/s"
+    return text
+
+
+def _round(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def _eta(report: Report) -> str:
+    steps = max(report.window_steps, 1)
+    seconds = (report.num_steps - report.step) * report.window_seconds / steps
+    return str(datetime.timedelta(seconds=math.ceil(seconds)))
+
+
+def import_optional(name: str) -> Any:
+    """Imports a module of the ``train`` extra.
+
+    Raises:
+      ImportError: it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        raise ImportError(
+            f'{package} is not installed; run pip install "jlstm[train]"'
+        ) from None

@@ -1,0 +1,410 @@
+"""Losses and metrics over ragged batches, as exact means.
+
+Every function returns a :class:`Mean`, a total and a count, so that an average over
+batches with different numbers of valid steps is the average over all their steps.
+Masked positions are cleaned before any arithmetic: whatever they hold, NaN included,
+changes neither value nor gradient. Arithmetic is in float32 at least.
+
+Nothing is flattened or gathered, so that batch-sharded inputs work under every kind of
+mesh; picking the label's logit is a comparison with an iota, which XLA fuses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from jlstm.train.state import type_name
+from jlstm.types import Array
+
+
+@flax.struct.dataclass
+class Mean:
+    """A mean that knows its weight: ``total / count``.
+
+    Attributes:
+      total: the sum, a scalar.
+      count: how many terms it has, a scalar.
+
+    Example:
+      >>> float(jlstm.train.Mean(jnp.float32(6), jnp.int32(3)).value)
+      2.0
+    """
+
+    total: Array | float
+    count: Array | int
+
+    @property
+    def value(self) -> Array:
+        """The mean; where the count is 0, zero with zero gradients."""
+        count = jnp.asarray(self.count, jnp.result_type(self.total))
+        empty = count == 0
+        mean = jnp.asarray(self.total) / jnp.where(empty, jnp.ones_like(count), count)
+        return jnp.where(empty, jnp.zeros_like(mean), mean)
+
+
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    label_smoothing: float = 0.0,
+) -> Mean:
+    r"""Computes the cross-entropy of integer labels, in nats.
+
+    .. math::
+        -\log p_y, \quad p = \mathrm{softmax}(z), \qquad
+        \text{or} \quad -(1 - \epsilon) \log p_y - \epsilon \frac1V \sum_v \log p_v
+
+    with label smoothing :math:`\epsilon`.
+
+    Args:
+      logits: ``[..., V]``, floating.
+      labels: ``[...]``, integers in ``0 .. V-1``. Others, where valid, are an error if
+        concrete and are clipped inside a trace; mark absent labels with the mask.
+      mask: boolean, true where valid; its shape begins the shape of ``labels``.
+      lengths: ``[B]``, for labels ``[B, T, ...]``; later steps are invalid.
+      label_smoothing: the weight of the uniform distribution, in ``[0, 1)``.
+
+    Returns:
+      The mean over valid labels.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or a concrete label out of range.
+
+    Example:
+      >>> logits, labels = jnp.zeros((2, 3, 4)), jnp.ones((2, 3), int)
+      >>> loss = jlstm.train.softmax_cross_entropy(
+      ...     logits, labels, lengths=jnp.array([3, 1])
+      ... )
+      >>> print(loss.count, loss.value)
+      4 1.3862944
+    """
+    where = "softmax_cross_entropy"
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(
+            f"{where}: label_smoothing must be in [0, 1), got {label_smoothing}"
+        )
+    labels, valid = _check_labels(where, logits, labels, mask, lengths)
+    log_p = jax.nn.log_softmax(_clean(logits, valid), axis=-1)
+    losses = -jnp.sum(jnp.where(_one_hot(labels, log_p), log_p, 0), axis=-1)
+    if label_smoothing:
+        uniform = -jnp.mean(log_p, axis=-1)
+        losses = (1.0 - label_smoothing) * losses + label_smoothing * uniform
+    return _mean(losses, valid)
+
+
+def accuracy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+) -> Mean:
+    """Computes how often the largest logit is the label's.
+
+    Args:
+      logits: ``[..., V]``.
+      labels: ``[...]``, integers, as in :func:`softmax_cross_entropy`.
+      mask: boolean, true where valid; its shape begins the shape of ``labels``.
+      lengths: ``[B]``, for labels ``[B, T, ...]``.
+
+    Returns:
+      The mean over valid labels, between 0 and 1.
+
+    Raises:
+      ValueError: as in :func:`softmax_cross_entropy`.
+
+    Example:
+      >>> print(jlstm.train.accuracy(jnp.eye(3), jnp.array([0, 1, 1])).value)
+      0.6666667
+    """
+    labels, valid = _check_labels("accuracy", logits, labels, mask, lengths)
+    guesses = jnp.argmax(_clean(logits, valid), axis=-1)
+    return _mean((guesses == labels).astype(jnp.float32), valid)
+
+
+def sigmoid_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+) -> Mean:
+    r"""Computes the cross-entropy of independent yes-or-no labels, in nats.
+
+    .. math:: -y \log \sigma(z) - (1 - y) \log \sigma(-z)
+
+    Args:
+      logits: ``[...]``, floating.
+      labels: of the same shape: booleans, or numbers between 0 and 1.
+      mask: boolean, true where valid; its shape begins the shape of ``labels``.
+      lengths: ``[B]``, for labels ``[B, T, ...]``.
+
+    Returns:
+      The mean over valid labels.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> loss = jlstm.train.sigmoid_cross_entropy(jnp.zeros(3), jnp.array([0, 1, 1]))
+      >>> print(loss.value)
+      0.6931472
+    """
+    where = "sigmoid_cross_entropy"
+    logits, labels, valid = _check_pair(where, logits, labels, mask, lengths)
+    yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    return _mean(-labels * yes - (1.0 - labels) * no, valid)
+
+
+def squared_error(
+    predictions: ArrayLike,
+    targets: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+) -> Mean:
+    """Computes the squared error, ``(prediction - target)**2``.
+
+    Args:
+      predictions: ``[...]``.
+      targets: of the same shape.
+      mask: boolean, true where valid; its shape begins the shape of ``targets``.
+      lengths: ``[B]``, for targets ``[B, T, ...]``.
+
+    Returns:
+      The mean over valid elements.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> print(jlstm.train.squared_error(jnp.ones((2, 3)), jnp.zeros((2, 3))).value)
+      1.0
+    """
+    where = "squared_error"
+    predictions, targets, valid = _check_pair(
+        where, predictions, targets, mask, lengths
+    )
+    return _mean(jnp.square(predictions - targets), valid)
+
+
+def absolute_error(
+    predictions: ArrayLike,
+    targets: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+) -> Mean:
+    """Computes the absolute error, ``|prediction - target|``.
+
+    Args:
+      predictions: ``[...]``.
+      targets: of the same shape.
+      mask: boolean, true where valid; its shape begins the shape of ``targets``.
+      lengths: ``[B]``, for targets ``[B, T, ...]``.
+
+    Returns:
+      The mean over valid elements.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> print(jlstm.train.absolute_error(jnp.zeros(2), jnp.array([1.0, -3.0])).value)
+      2.0
+    """
+    where = "absolute_error"
+    predictions, targets, valid = _check_pair(
+        where, predictions, targets, mask, lengths
+    )
+    return _mean(jnp.abs(predictions - targets), valid)
+
+
+def bits(nats: Mean) -> Mean:
+    """Converts a mean in nats to bits, as in bits per character.
+
+    Example:
+      >>> print(jlstm.train.bits(jlstm.train.Mean(jnp.log(8.0), jnp.int32(1))).value)
+      3.0
+    """
+    return Mean(nats.total / math.log(2.0), nats.count)
+
+
+def average(metrics: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Averages the metrics of many batches.
+
+    A :class:`Mean` is averaged exactly, total over count; a plain scalar counts the
+    same in each batch. Everything is fetched from the device once, and summed in
+    float64. A mean over nothing is NaN, so that it can never look like a good score.
+
+    Args:
+      metrics: a dict a batch. A name missing from a batch does not count in it.
+
+    Returns:
+      One float a name.
+
+    Example:
+      >>> Mean = jlstm.train.Mean
+      >>> first, second = Mean(np.float32(3), 1), Mean(np.float32(1), 3)
+      >>> jlstm.train.average([{"loss": first}, {"loss": second}])
+      {'loss': 1.0}
+    """
+    return divide(sum_metrics(metrics))
+
+
+def sum_metrics(
+    metrics: Iterable[Mapping[str, Any]],
+) -> dict[str, tuple[float, float]]:
+    """Sums totals and counts by name, in float64, after one fetch from the device."""
+    sums: dict[str, tuple[float, float]] = {}
+    for batch in jax.device_get(list(metrics)):
+        for name, metric in batch.items():
+            mean = metric if isinstance(metric, Mean) else Mean(metric, 1)
+            old_total, old_count = sums.get(name, (0.0, 0.0))
+            sums[name] = (
+                old_total + float(mean.total),
+                old_count + float(mean.count),
+            )
+    return sums
+
+
+def divide(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Divides totals by counts; a mean over nothing is NaN."""
+    return {
+        name: total / count if count else math.nan
+        for name, (total, count) in sums.items()
+    }
+
+
+def _mean(losses: Array, valid: Array | None) -> Mean:
+    if valid is None:
+        return Mean(jnp.sum(losses), jnp.int32(losses.size))
+    valid = jnp.broadcast_to(_expand(valid, losses.ndim), losses.shape)
+    total = jnp.sum(jnp.where(valid, losses, 0))
+    return Mean(total, jnp.sum(valid, dtype=jnp.int32))
+
+
+def _clean(x: ArrayLike, valid: Array | None) -> Array:
+    """Casts to float32 at least, and puts zeros where ``valid`` is false."""
+    # jnp.promote_types would refuse bfloat16 under strict promotion.
+    x = jnp.asarray(x)
+    x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    return x if valid is None else jnp.where(_expand(valid, x.ndim), x, 0)
+
+
+def _expand(mask: Array, ndim: int) -> Array:
+    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
+
+
+def _one_hot(labels: Array, logits: Array) -> Array:
+    shape = (*(1,) * labels.ndim, logits.shape[-1])
+    classes = jax.lax.broadcasted_iota(labels.dtype, shape, labels.ndim)
+    return labels[..., None] == classes
+
+
+def _check_labels(
+    where: str,
+    logits: ArrayLike,
+    labels: ArrayLike,
+    mask: ArrayLike | None,
+    lengths: ArrayLike | None,
+) -> tuple[Array, Array | None]:
+    """Checks logits and labels; returns labels in range, and what is valid."""
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"{where}: labels must be integers, got {type_name(labels)}; "
+            "take argmax of one-hot labels first"
+        )
+    if logits.shape[:-1] != labels.shape or logits.ndim == 0:
+        raise ValueError(
+            f"{where}: logits [..., V] must have one dimension more than labels [...], "
+            f"got {type_name(logits)} and {type_name(labels)}"
+        )
+    valid = _valid(where, labels.shape, mask, lengths)
+    if valid is not None:
+        labels = jnp.where(_expand(valid, labels.ndim), labels, 0)
+    size = logits.shape[-1]
+    if _is_concrete(labels) and labels.size:
+        low, high = int(jnp.min(labels)), int(jnp.max(labels))
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"{where}: labels must be in 0..{size - 1} where valid, got "
+                f"{low if low < 0 else high}; mark absent labels with mask="
+            )
+    return jnp.clip(labels, 0, size - 1), valid
+
+
+def _check_pair(
+    where: str,
+    x: ArrayLike,
+    y: ArrayLike,
+    mask: ArrayLike | None,
+    lengths: ArrayLike | None,
+) -> tuple[Array, Array, Array | None]:
+    """Checks two arrays of one shape; returns both clean, and what is valid."""
+    if jnp.shape(x) != jnp.shape(y):
+        raise ValueError(
+            f"{where}: the two arguments must have the same shape, got {type_name(x)} "
+            f"and {type_name(y)}"
+        )
+    valid = _valid(where, jnp.shape(x), mask, lengths)
+    x, y = _clean(x, valid), _clean(y, valid)
+    dtype = max(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+    return x.astype(dtype), y.astype(dtype), valid
+
+
+def _valid(
+    where: str,
+    shape: tuple[int, ...],
+    mask: ArrayLike | None,
+    lengths: ArrayLike | None,
+) -> Array | None:
+    """Joins mask and lengths to one boolean array that begins ``shape``, or None."""
+    valid = None
+    if mask is not None:
+        valid = jnp.asarray(mask)
+        if valid.dtype != bool or valid.shape != shape[: valid.ndim]:
+            raise ValueError(
+                f"{where}: mask must be boolean, with a shape that begins {shape}, got "
+                f"{type_name(valid)}"
+            )
+    if lengths is not None:
+        steps = _mask_from_lengths(where, shape, jnp.asarray(lengths))
+        if valid is None:
+            return steps
+        ndim = max(valid.ndim, steps.ndim)
+        valid = _expand(valid, ndim) & _expand(steps, ndim)
+    return valid
+
+
+def _mask_from_lengths(where: str, shape: tuple[int, ...], lengths: Array) -> Array:
+    integers = jnp.issubdtype(lengths.dtype, jnp.integer)
+    if len(shape) < 2 or lengths.shape != shape[:1] or not integers:
+        raise ValueError(
+            f"{where}: lengths must be integers [B] for labels or targets [B, T, ...], "
+            f"got {type_name(lengths)} for shape {shape}"
+        )
+    if _is_concrete(lengths) and lengths.size:
+        low, high = int(jnp.min(lengths)), int(jnp.max(lengths))
+        if low < 0 or high > shape[1]:
+            raise ValueError(
+                f"{where}: lengths must be in 0..{shape[1]}, got "
+                f"{low if low < 0 else high}"
+            )
+    steps = jax.lax.broadcasted_iota(lengths.dtype, (1, shape[1]), 1)
+    return steps < lengths[:, None]
+
+
+def _is_concrete(x: Array) -> bool:
+    return not isinstance(x, Tracer) and x.is_fully_addressable

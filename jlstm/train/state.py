@@ -1,0 +1,86 @@
+"""What training carries from step to step."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jlstm.types import Array, PyTree
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a training step reads and replaces.
+
+    Attributes:
+      step: number of steps taken, an int32 scalar.
+      params: the parameters.
+      opt_state: the state of the optax transformation.
+      key: the typed PRNG key all randomness derives from, or None for none. Step ``n``
+        uses ``fold_in(key, n)``, so that a resumed run repeats the uninterrupted one.
+      carry: what the model hands from one batch to the next in truncated
+        backpropagation through time; None where batches are independent.
+    """
+
+    step: Array
+    params: PyTree
+    opt_state: PyTree
+    key: Array | None = None
+    carry: PyTree = None
+
+
+def create_state(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    key: Array | None = None,
+    carry: PyTree = None,
+) -> TrainState:
+    """Makes the state of step 0.
+
+    Every leaf is copied: a train step donates its state, and the arrays passed in here
+    stay usable.
+
+    Args:
+      params: the parameters.
+      tx: the optax transformation that will update them.
+      key: a typed key (``jax.random.key``), or None to train without randomness.
+      carry: the first carry of truncated backpropagation, ``model.init_carry(...)``.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: ``key`` is not one typed PRNG key.
+
+    Example:
+      >>> tx = jlstm.train.adamw(1e-3)
+      >>> state = jlstm.train.create_state({"w": jnp.ones(3)}, tx)
+      >>> int(state.step)
+      0
+    """
+    if key is not None and not is_key(key):
+        raise ValueError(
+            f"create_state: key must be one typed key, got {jnp.result_type(key)}"
+            f"{list(jnp.shape(key))}; make it with jax.random.key(seed)"
+        )
+    # A transformation may keep the params themselves in its state, and no buffer can be
+    # donated twice; hence the copy of everything, in one go.
+    state = TrainState(jnp.int32(0), params, tx.init(params), key, carry)
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+
+
+def is_key(leaf: PyTree) -> bool:
+    """Tells whether a leaf is a single typed PRNG key."""
+    return (
+        isinstance(leaf, jax.Array)
+        and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        and leaf.shape == ()
+    )
+
+
+def type_name(leaf: PyTree) -> str:
+    """Writes a leaf's type as ``float32[4,8]``."""
+    return f"{jnp.result_type(leaf)}[{','.join(map(str, jnp.shape(leaf)))}]"
