@@ -1,7 +1,8 @@
 """Write the gate equations of a recurrent cell; jlstm supplies everything else."""
 
-from jlstm import cells, init, layers, models, testing
+from jlstm import cells, data, decode, init, layers, models, testing, train
 from jlstm.cells import *  # noqa: F403
+from jlstm.decode import generate
 from jlstm.door import Explanation, explain, unroll, valid_steps
 from jlstm.layers import *  # noqa: F403
 from jlstm.models import *  # noqa: F403
@@ -15,10 +16,14 @@ __all__ = [
     "Layer",
     "Policy",
     "config",
+    "data",
+    "decode",
     "explain",
     "gated",
+    "generate",
     "init",
     "testing",
+    "train",
     "unroll",
     "valid_steps",
     "where_rows",

@@ -1,0 +1,183 @@
+"""The adding problem: remembering two numbers over hundreds of steps.
+
+Each of T steps shows a number from U(0, 1) and a mark; two steps are marked, one in each
+half, and the answer, due after the last step, is the sum of their numbers. Answering 1
+each time has a mean squared error of 1/6, which is the floor. An LSTM learns to keep the
+two numbers; a simple recurrent network (Elman) forgets them.
+
+    python experiments/adding.py --workdir runs/adding
+    python experiments/adding.py --preset cpu --lengths 100 400
+
+The LSTM's gate biases begin by chrono initialisation (Tallec & Ollivier, 2018), which
+spreads its memory times over the length of the sequence; the Elman net begins with an
+orthogonal recurrent matrix. Both train alike, on fresh sequences, and are scored on the
+same 2,000 others.
+
+Paper: Hochreiter & Schmidhuber, Long short-term memory, 1997, experiment 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jlstm
+from jlstm import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(train.Options):
+    """Options of the experiment."""
+
+    lengths: tuple[int, ...] = (100, 400)
+    """Steps of a sequence, T; one run of each net a length."""
+    hidden_size: int = 64
+    """Width of the layer."""
+    batch_size: int = 64
+    """Sequences an update."""
+    num_steps: int = 2_500
+    """Updates of each net."""
+    learning_rate: float = 4e-3
+    """At its highest; it rises over the first twentieth, then falls as a cosine."""
+    test_size: int = 2_000
+    """Sequences scored at the end."""
+
+
+PRESETS = {
+    "cpu": Config(),
+    "smoke": Config(lengths=(8,), hidden_size=8, batch_size=8, num_steps=40, test_size=50),
+    "paper": Config(lengths=(100, 500, 1_000), num_steps=50_000, learning_rate=1e-3),
+}
+
+
+def draw(rng: np.random.Generator, batch: int, length: int) -> dict[str, np.ndarray]:
+    """Draws sequences: ``xs [B, T, 2]`` and their answers ``[B]``."""
+    numbers = rng.random((batch, length), np.float32)
+    marks = np.zeros((batch, length), np.float32)
+    rows = np.arange(batch)
+    marks[rows, rng.integers(0, length // 2, batch)] = 1
+    marks[rows, rng.integers(length // 2, length, batch)] = 1
+    return {"xs": np.stack([numbers, marks], -1), "answer": (numbers * marks).sum(1)}
+
+
+def stream(seed: int, batch: int, length: int) -> Iterator[dict[str, np.ndarray]]:
+    """Draws batches without end."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield draw(rng, batch, length)
+
+
+def cells(config: Config, length: int) -> dict[str, jlstm.Cell]:
+    """The two nets, by name."""
+    chrono = jlstm.init.Chrono(length)
+    return {
+        "LSTM": jlstm.LSTM(config.hidden_size, forget_bias=chrono),
+        "Elman": jlstm.Elman(config.hidden_size),
+    }
+
+
+def fit_one(
+    config: Config, workdir: train.Workdir, name: str, cell: jlstm.Cell, length: int
+) -> float:
+    """Trains one net on sequences of one length, and returns its test error."""
+    model = jlstm.Classifier(jlstm.RNN(cell), num_classes=1)
+
+    def loss_fn(params, batch, *, key, carry):
+        answer, _ = model.apply(params, batch["xs"])
+        return train.squared_error(answer[:, 0], batch["answer"]), train.Aux({})
+
+    tx = train.adamw(
+        config.learning_rate,
+        num_steps=config.num_steps,
+        schedule="cosine",
+        warmup_steps=config.num_steps // 20,
+        weight_decay=0.0,
+    )
+    batches = stream(config.seed + length, config.batch_size, length)
+    params = model.init(jax.random.key(config.seed), jnp.asarray(next(batches)["xs"]))
+    print(f"{name}, T = {length}, {cell!r}")
+    report = train.fit(
+        train.create_state(params, tx),
+        train.make_train_step(loss_fn, tx),
+        batches,
+        num_steps=config.num_steps,
+        hooks=[
+            train.write_jsonl(curve(workdir, name, length)),
+            train.show_progress(unit="sequences"),
+        ],
+        log_every=max(config.num_steps // 100, 1),
+    )
+    test = stream(config.seed + 1_000_000 + length, config.test_size, length)
+    eval_step = train.make_eval_step(loss_fn)
+    score = train.evaluate(eval_step, report.state.params, [next(test)])
+    return score["loss"]
+
+
+def curve(workdir: train.Workdir, name: str, length: int):
+    """The file of a net's learning curve."""
+    return workdir.path / f"metrics_{name.lower()}_{length}.jsonl"
+
+
+def plot(config: Config, workdir: train.Workdir, floor: float) -> None:
+    """Plots the errors of all nets over the updates, a panel a length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1,
+        len(config.lengths),
+        figsize=(4.5 * len(config.lengths), 3.4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel, length in zip(panels[0], config.lengths, strict=True):
+        for name in cells(config, length):
+            records = train.read_jsonl(curve(workdir, name, length))
+            steps = [record["step"] for record in records]
+            panel.plot(steps, [record["loss"] for record in records], label=name)
+        panel.axhline(floor, color="grey", linestyle="--", label="answering 1")
+        panel.set(title=f"T = {length}", xlabel="updates", yscale="log")
+        panel.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("mean squared error")
+    panels[0, -1].legend()
+    figure.savefig(workdir.plots / "adding.png", dpi=150)
+    pyplot.close(figure)
+
+
+def main(config: Config) -> dict:
+    """Trains both nets at each length."""
+    if min(config.lengths) < 2:
+        raise ValueError(f"adding: lengths must be at least 2, got {config.lengths}")
+    workdir = train.Workdir(config, experiment="adding")
+    print(train.describe(config))
+    errors = {
+        f"{name}_{length}": fit_one(config, workdir, name, cell, length)
+        for length in config.lengths
+        for name, cell in cells(config, length).items()
+    }
+    # The same test sequences, answered by the mean: 1.
+    rng = np.random.default_rng(config.seed + 1_000_000 + max(config.lengths))
+    answers = draw(rng, config.test_size, max(config.lengths))["answer"]
+    floor = float(np.mean((answers - 1.0) ** 2))
+    plot(config, workdir, floor)
+    for name, error in errors.items():
+        print(f"{name}: mean squared error {error:.4f} (floor {floor:.4f})")
+    return workdir.write_result(
+        metric=f"mean squared error of the LSTM at T = {max(config.lengths)}",
+        value=errors[f"LSTM_{max(config.lengths)}"],
+        floor=floor,
+        floor_name="answering 1",
+        lower_is_better=True,
+        errors=errors,
+    )
+
+
+if __name__ == "__main__":
+    train.run(main, PRESETS)

@@ -1,0 +1,199 @@
+"""Padded batches of sequences of like length, in a bounded number of shapes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from jlstm.data.padding import bucket_lengths, pad
+from jlstm.data.pipeline import (
+    Batch,
+    check_positive,
+    check_seed,
+    make_dataset,
+    make_rng,
+)
+
+if TYPE_CHECKING:
+    import grain
+
+Example = Mapping[str, ArrayLike]
+
+
+def bucketed(
+    examples: Sequence[Example],
+    *,
+    batch_size: int | None = None,
+    max_tokens: int | None = None,
+    num_buckets: int = 8,
+    seed: int | None = None,
+    drop_remainder: bool = False,
+    own_lengths: Collection[str] = (),
+    static: Collection[str] = (),
+) -> grain.MapDataset[Batch]:
+    """Batches examples of like length, each padded to the length of its bucket.
+
+    There are at most ``num_buckets`` shapes, so that a jitted step compiles at most so
+    often; :func:`bucket_lengths` places them. Every example comes exactly once an
+    epoch. A batch that its bucket does not fill has rows of length 0 at its end, which
+    have no loss and no gradient under ``lengths``; where a row has one label,
+    ``lengths > 0`` is its mask.
+
+    Iterate it once for one epoch, or ``.repeat(n)`` for several.
+
+    Args:
+      examples: dicts of arrays. Scalars are stacked; arrays ``[T, ...]`` are padded.
+      batch_size: rows of a batch, in every bucket; or give
+      max_tokens: ``B * T`` of a batch at most, so that short buckets have more rows.
+      num_buckets: how many padded lengths there may be.
+      seed: shuffles, each epoch differently; without it, buckets come in ascending
+        order and examples in the given one.
+      drop_remainder: leaves out what does not fill a batch.
+      own_lengths: fields with a length of their own, as the target sentences of a
+        translation; of ``target`` the batch has ``target_lengths`` too.
+      static: fields without time, such as a speaker's vector; they are stacked.
+
+    Returns:
+      A ``grain.MapDataset`` of one epoch: dicts ``name -> [B, T, ...]``, or
+      ``[B, ...]`` for scalars and static fields, with ``lengths [B]``.
+
+    Raises:
+      ValueError: an empty example, fields that differ in length, one longer than
+        ``max_tokens``, or not exactly one of ``batch_size`` and ``max_tokens``.
+      ImportError: without grain.
+
+    Example:
+      >>> examples = [{"xs": np.ones(length)} for length in (3, 9, 2)]
+      >>> for b in jlstm.data.bucketed(examples, batch_size=2, num_buckets=2):
+      ...     print(b["xs"].shape, b["lengths"])
+      (2, 3) [3 2]
+      (2, 9) [9 0]
+    """
+    where = "bucketed"
+    check_seed(where, seed)
+    if (batch_size is None) == (max_tokens is None):
+        raise ValueError(f"{where}: give exactly one of batch_size and max_tokens")
+    check_positive(where, **{"batch_size": batch_size or max_tokens or 0})
+    if not len(examples):
+        raise ValueError(f"{where}: expected at least one example, got none")
+    kinds = _field_kinds(examples[0], own_lengths, static)
+    table = np.array([_measure(i, examples[i], kinds) for i in range(len(examples))])
+    # The columns of the table: the common length, then each field's own.
+    columns = ["", *own_lengths]
+    edges = bucket_lengths(table[:, 0], num_buckets)
+    bucket_of = np.searchsorted(edges, table[:, 0])
+    members = [np.flatnonzero(bucket_of == b) for b in range(len(edges))]
+    shapes = [
+        dict(zip(columns, table[m].max(0).tolist(), strict=True)) for m in members
+    ]
+    rows = [batch_size or (max_tokens or 0) // max(s.values()) for s in shapes]
+    if not min(rows):
+        longest = max(max(shape.values()) for shape in shapes)
+        raise ValueError(
+            f"{where}: max_tokens={max_tokens} does not hold the longest example, of "
+            f"length {longest}; raise it or cut the example"
+        )
+
+    @functools.lru_cache(maxsize=2)
+    def plan(epoch: int) -> list[tuple[int, np.ndarray]]:
+        rng = None if seed is None else make_rng(seed, epoch)
+        chunks = []
+        for bucket, (member, size) in enumerate(zip(members, rows, strict=True)):
+            order = member if rng is None else rng.permutation(member)
+            stop = len(order) - len(order) % size if drop_remainder else len(order)
+            chunks += [(bucket, order[i : i + size]) for i in range(0, stop, size)]
+        if rng is not None:
+            chunks = [chunks[i] for i in rng.permutation(len(chunks))]
+        return chunks
+
+    def make(epoch: int, index: int) -> Batch:
+        bucket, order = plan(epoch)[index]
+        chosen = [examples[i] for i in order]
+        return _collate(chosen, rows[bucket], shapes[bucket], kinds)
+
+    length = len(plan(0))
+    if not length:
+        raise ValueError(
+            f"{where}: {len(examples)} examples fill no batch of {max(rows)} rows; "
+            "lower the batch, or leave out drop_remainder"
+        )
+    return make_dataset(where, length, make)
+
+
+def _field_kinds(
+    example: Example, own_lengths: Collection[str], static: Collection[str]
+) -> dict[str, str | None]:
+    """Tells for each field where its length counts; ``None`` if it has no time."""
+    unknown = sorted({*own_lengths, *static} - set(example))
+    if unknown:
+        raise ValueError(
+            f"bucketed: own_lengths and static name {unknown}, but the examples have "
+            f"{sorted(example)}"
+        )
+    kinds: dict[str, str | None] = {}
+    for name, value in example.items():
+        timeless = name in static or np.ndim(value) == 0
+        kinds[name] = None if timeless else name if name in own_lengths else ""
+    reserved = {"lengths", *(f"{name}_lengths" for name in own_lengths)} & set(example)
+    if reserved:
+        raise ValueError(
+            f"bucketed: the batch has {sorted(reserved)} of its own; rename the fields"
+        )
+    if "" not in kinds.values():
+        raise ValueError(
+            f"bucketed: of the fields {sorted(example)} none gives the length; leave "
+            "one array [T, ...] out of own_lengths and static"
+        )
+    return kinds
+
+
+def _measure(
+    index: int, example: Example, kinds: Mapping[str, str | None]
+) -> list[int]:
+    """Measures an example: its common length, then each field's own."""
+    if set(example) != set(kinds):
+        raise ValueError(
+            f"bucketed: example {index} has the fields {sorted(example)}, example 0 "
+            f"has {sorted(kinds)}; give all the same"
+        )
+    timed = {
+        name: len(np.asarray(example[name]))
+        for name, kind in kinds.items()
+        if kind is not None
+    }
+    common = {name: n for name, n in timed.items() if kinds[name] == ""}
+    if len(set(common.values())) != 1:
+        raise ValueError(
+            f"bucketed: example {index}: fields differ in length: {common}; name those "
+            "with a length of their own in own_lengths, those without time in static"
+        )
+    length = next(iter(common.values()))
+    if length == 0:
+        raise ValueError(
+            f"bucketed: example {index} has length 0, as the rows have that fill a "
+            "batch; leave it out, or give it one symbol that means nothing"
+        )
+    return [length, *(n for name, n in timed.items() if kinds[name] == name)]
+
+
+def _collate(
+    examples: Sequence[Example],
+    rows: int,
+    shape: Mapping[str, int],
+    kinds: Mapping[str, str | None],
+) -> Batch:
+    missing = rows - len(examples)
+    batch: Batch = {}
+    for name, kind in kinds.items():
+        values = [np.asarray(example[name]) for example in examples]
+        if kind is None:
+            batch[name] = np.stack(values + missing * [np.zeros_like(values[0])])
+        else:
+            empty = missing * [values[0][:0]]
+            batch[name], lengths = pad(values + empty, shape[kind])
+            batch[f"{kind}_lengths" if kind else "lengths"] = lengths
+    return batch

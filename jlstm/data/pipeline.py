@@ -1,0 +1,117 @@
+"""What every pipeline shares: epochs over a grain dataset, and checks."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    import grain
+
+Batch = dict[str, np.ndarray]
+
+
+def make_dataset(
+    where: str, length: int, make: Callable[[int, int], Batch]
+) -> grain.MapDataset[Batch]:
+    """Makes a grain dataset of ``make(epoch, index)``, with ``index < length``.
+
+    Grain hands over indices beyond the first epoch as they are, so that ``repeat``
+    gives each epoch an order of its own and random access stays exact.
+    """
+    try:
+        import grain
+    except ImportError as error:
+        raise ImportError(
+            f'{where}: grain is not installed; run pip install "jlstm[train]"'
+        ) from error
+
+    def get(index: int, _: object) -> Batch:
+        return make(max(index // length, 0), index % length)
+
+    return grain.MapDataset.range(length).map_with_index(get)
+
+
+def make_rng(seed: int, epoch: int) -> np.random.Generator:
+    """Makes the generator of one epoch, the same wherever a run is resumed."""
+    return np.random.default_rng((seed, epoch))
+
+
+def check_positive(where: str, **values: int) -> None:
+    """Refuses what is not a positive integer."""
+    for name, value in values.items():
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"{where}: {name} must be an integer >= 1, got {value!r}")
+
+
+def check_seed(where: str, seed: int | None) -> None:
+    """Refuses what is neither ``None`` nor an integer from zero on."""
+    if seed is not None and (not isinstance(seed, numbers.Integral) or seed < 0):
+        raise ValueError(f"{where}: seed must be None or an integer >= 0, got {seed!r}")
+
+
+def batches(
+    arrays: Mapping[str, ArrayLike],
+    *,
+    batch_size: int,
+    seed: int | None = None,
+    drop_remainder: bool = False,
+) -> grain.MapDataset[Batch]:
+    """Batches arrays of which each row is one example.
+
+    Iterate it once for one epoch, or ``.repeat(n)`` for several.
+
+    Args:
+      arrays: names to ``[N, ...]``, all with the same ``N``. They are indexed only
+        when a batch is made, so that views and memory maps stay what they are.
+      batch_size: rows of a batch.
+      seed: shuffles, each epoch differently; without it, rows stay in order.
+      drop_remainder: leaves out the last rows that do not fill a batch; otherwise
+        they make a smaller one.
+
+    Returns:
+      A ``grain.MapDataset`` of one epoch: dicts ``name -> [B, ...]``.
+
+    Raises:
+      ValueError: arrays of different lengths, or too short for one batch.
+      ImportError: without grain.
+
+    Example:
+      >>> xs = {"xs": np.arange(5), "labels": np.arange(5) % 2}
+      >>> for batch in jlstm.data.batches(xs, batch_size=3):
+      ...     print(batch["xs"], batch["labels"])
+      [0 1 2] [0 1 0]
+      [3 4] [1 0]
+    """
+    where = "batches"
+    check_positive(where, batch_size=batch_size)
+    check_seed(where, seed)
+    columns = {name: np.asanyarray(array) for name, array in arrays.items()}
+    sizes = {column.shape[:1] for column in columns.values()}
+    if len(sizes) != 1 or () in sizes:
+        shapes = {name: column.shape for name, column in columns.items()}
+        raise ValueError(
+            f"{where}: expected arrays [N, ...] of one N, got shapes {shapes}"
+        )
+    ((size,),) = sizes
+    length = size // batch_size if drop_remainder else -(-size // batch_size)
+    if length == 0:
+        raise ValueError(
+            f"{where}: {size} rows make no batch of {batch_size}; lower batch_size"
+        )
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        rows = np.arange(size)
+        return rows if seed is None else make_rng(seed, epoch).permutation(rows)
+
+    def make(epoch: int, index: int) -> Batch:
+        rows = order(epoch)[index * batch_size : (index + 1) * batch_size]
+        return {name: column[rows] for name, column in columns.items()}
+
+    return make_dataset(where, length, make)

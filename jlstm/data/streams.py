@@ -1,0 +1,165 @@
+"""One long stream as parallel lanes, for truncated backpropagation through time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from jlstm.data.pipeline import (
+    Batch,
+    check_positive,
+    check_seed,
+    make_dataset,
+    make_rng,
+)
+
+if TYPE_CHECKING:
+    import grain
+
+
+def lanes(
+    ids: ArrayLike,
+    *,
+    batch_size: int,
+    length: int,
+    segment: int | None = None,
+    seed: int | None = None,
+) -> grain.MapDataset[Batch]:
+    """Cuts a stream into ``B`` lanes, and the lanes into chunks of ``T`` steps.
+
+    Chunk ``i + 1`` continues chunk ``i`` row by row: train on them in order and hand
+    each the carry of the one before. What does not fill a chunk in every lane is left
+    out; with a seed, other symbols are left out in each epoch.
+
+    A lane that reads on and on stays in one document for long, and a net that learns
+    from few lanes adapts to these. With ``segment``, a lane jumps after so many chunks
+    to another place, at random, where ``resets`` begins anew; an epoch still reads
+    every segment once.
+
+    Iterate it once for one epoch, or ``.repeat(n)`` for several; do not shuffle it.
+
+    Args:
+      ids: ``[N]``, integers; a memory map stays one.
+      batch_size: ``B``, the number of lanes.
+      length: ``T``, the steps of a chunk, through which gradients flow.
+      segment: chunks that a lane reads in a row; ``None`` reads on to its end.
+      seed: begins each epoch at another random offset, and orders the segments.
+
+    Returns:
+      A ``grain.MapDataset`` of one epoch: dicts with ``inputs [B, T]``,
+      ``targets [B, T]`` (the symbol after each input), both int32, and
+      ``resets [B, T]``, true at the first step of a segment alone.
+
+    Raises:
+      ValueError: a stream too short for one chunk, or for one segment in each lane.
+      ImportError: without grain.
+
+    Example:
+      >>> chunks = jlstm.data.lanes(np.arange(13), batch_size=2, length=3)
+      >>> len(chunks), chunks[1]["inputs"].tolist(), chunks[1]["targets"].tolist()
+      (2, [[3, 4, 5], [9, 10, 11]], [[4, 5, 6], [10, 11, 12]])
+    """
+    where = "lanes"
+    stream = _check_stream(where, ids, batch_size, length)
+    check_seed(where, seed)
+    if segment is not None:
+        check_positive(where, segment=segment)
+    # Room for any offset within a chunk, so that chunks end anywhere in the stream.
+    room = 0 if seed is None else length - 1
+    num_chunks = (len(stream) - 1 - room) // (batch_size * length)
+    run = num_chunks if segment is None else segment
+    rounds = num_chunks // max(run, 1)
+    if rounds < 1:
+        raise ValueError(
+            f"{where}: {len(stream)} symbols are too few for batch_size={batch_size}, "
+            f"length={length} and segment={segment}, which take "
+            f"{batch_size * length * (segment or 1) + 1 + room}; lower them"
+        )
+    slack = len(stream) - 1 - rounds * run * batch_size * length
+    steps = np.arange(length + 1)
+
+    def make(epoch: int, index: int) -> Batch:
+        places = np.arange(rounds * batch_size).reshape(batch_size, rounds)
+        offset = 0
+        if seed is not None:
+            rng = make_rng(seed, epoch)
+            offset = int(rng.integers(slack + 1))
+            if segment is not None:
+                places = rng.permutation(places.ravel()).reshape(places.shape)
+        turn, chunk = divmod(index, run)
+        starts = offset + (places[:, turn, None] * run + chunk) * length
+        window = stream[starts + steps].astype(np.int32)
+        resets = np.zeros((batch_size, length), bool)
+        resets[:, 0] = chunk == 0
+        return {"inputs": window[:, :-1], "targets": window[:, 1:], "resets": resets}
+
+    return make_dataset(where, rounds * run, make)
+
+
+def scoring_lanes(
+    ids: ArrayLike, *, batch_size: int, length: int
+) -> grain.MapDataset[Batch]:
+    """Cuts a stream into lanes that hold every target exactly once.
+
+    As :func:`lanes`, but nothing is left out: a score is over all ``N - 1`` targets.
+    A lane begins without the symbols before it, so that the score of one lane
+    (``batch_size=1``) is that of the stream, and more lanes are faster.
+
+    Args:
+      ids: ``[N]``, integers; a memory map stays one.
+      batch_size: ``B``, the number of lanes, which differ by at most one step.
+      length: ``T``, the steps of a chunk.
+
+    Returns:
+      A ``grain.MapDataset`` as that of :func:`lanes`, with ``lengths [B]`` too, below
+      ``T`` at the lanes' end; what lies beyond is 0.
+
+    Raises:
+      ValueError: a stream of fewer than two symbols.
+      ImportError: without grain.
+
+    Example:
+      >>> chunks = jlstm.data.scoring_lanes(np.arange(8), batch_size=2, length=3)
+      >>> [chunk["lengths"].tolist() for chunk in chunks]
+      [[3, 3], [0, 1]]
+    """
+    where = "scoring_lanes"
+    stream = _check_stream(where, ids, batch_size, length)
+    if len(stream) < 2:
+        raise ValueError(f"{where}: {len(stream)} symbols have no target; give two")
+    bounds = np.arange(batch_size + 1) * (len(stream) - 1) // batch_size
+    longest = int(np.diff(bounds).max())
+    steps = np.arange(length + 1)
+
+    def make(epoch: int, index: int) -> Batch:
+        del epoch
+        start = bounds[:-1] + index * length
+        lengths = np.clip(bounds[1:] - start, 0, length).astype(np.int32)
+        where_to = np.minimum(start[:, None] + steps, len(stream) - 1)
+        chunk = stream[where_to].astype(np.int32)
+        valid = steps[:-1] < lengths[:, None]
+        resets = np.zeros((batch_size, length), bool)
+        resets[:, 0] = index == 0
+        return {
+            "inputs": np.where(valid, chunk[:, :-1], 0),
+            "targets": np.where(valid, chunk[:, 1:], 0),
+            "resets": resets,
+            "lengths": lengths,
+        }
+
+    return make_dataset(where, -(-longest // length), make)
+
+
+def _check_stream(
+    where: str, ids: ArrayLike, batch_size: int, length: int
+) -> np.ndarray:
+    check_positive(where, batch_size=batch_size, length=length)
+    stream = np.asanyarray(ids)
+    if stream.ndim != 1 or stream.dtype.kind not in "iu":
+        raise ValueError(
+            f"{where}: ids must be integers [N], got {stream.dtype} of shape "
+            f"{stream.shape}; encode the text first"
+        )
+    return stream

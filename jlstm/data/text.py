@@ -1,0 +1,153 @@
+"""Symbols as integers, and back."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The symbols of a text, characters or words; a symbol's id is its place.
+
+    Attributes:
+      symbols: all different.
+      unknown: the symbol that stands for all others; without it they are an error.
+      separator: what :meth:`decode` puts between symbols: nothing for characters, a
+        space for words.
+
+    Example:
+      >>> vocabulary = jlstm.data.Vocabulary.from_text("banana")
+      >>> vocabulary.encode("nab").tolist(), vocabulary.decode([1, 0, 2])
+      ([2, 0, 1], 'ban')
+    """
+
+    symbols: tuple[str, ...]
+    unknown: str | None = None
+    separator: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.symbols or len(set(self.symbols)) < len(self.symbols):
+            raise ValueError(
+                f"Vocabulary: expected different symbols, got {len(self.symbols)} with "
+                f"{len(set(self.symbols))} different ones"
+            )
+        if self.unknown is not None and self.unknown not in self.symbols:
+            raise ValueError(
+                f"Vocabulary: unknown={self.unknown!r} is not among the symbols; add it"
+            )
+
+    @classmethod
+    def from_text(cls, text: str) -> Vocabulary:
+        """Makes the vocabulary of a text's characters, in the order of their codes."""
+        return cls(tuple(sorted(set(text))))
+
+    @classmethod
+    def from_words(
+        cls,
+        words: Iterable[str],
+        *,
+        max_size: int | None = None,
+        min_count: int = 1,
+        unknown: str | None = "<unk>",
+    ) -> Vocabulary:
+        """Makes the vocabulary of words, the most frequent first.
+
+        Args:
+          words: those of the training text, with repetitions.
+          max_size: how many symbols there may be, the unknown one among them.
+          min_count: leaves out words that are rarer.
+          unknown: the symbol for words left out, id 0; ``None`` for none.
+
+        Returns:
+          The vocabulary; of words of one frequency the alphabet decides.
+
+        Example:
+          >>> words = "the cat and the dog".split()
+          >>> jlstm.data.Vocabulary.from_words(words, max_size=3).symbols
+          ('<unk>', 'the', 'and')
+        """
+        counts = collections.Counter(words)
+        first = () if unknown is None else (unknown,)
+        kept = [w for w, n in counts.items() if n >= min_count and w not in first]
+        kept.sort(key=lambda word: (-counts[word], word))
+        return cls((*first, *kept)[:max_size], unknown, separator=" ")
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return {symbol: index for index, symbol in enumerate(self.symbols)}
+
+    def encode(self, symbols: str | Iterable[str]) -> np.ndarray:
+        """Turns a text (of characters) or a list of words into ids ``[N]``, int32.
+
+        Raises:
+          ValueError: a symbol that the vocabulary does not have, if it has no unknown
+            one; a text where words are expected.
+        """
+        if self.separator and isinstance(symbols, str):
+            raise ValueError(
+                "Vocabulary.encode: a vocabulary of words takes a list of words, got a "
+                "str; split it first"
+            )
+        symbols = symbols if isinstance(symbols, str) else list(symbols)
+        other = -1 if self.unknown is None else self._ids[self.unknown]
+        found = map(self._ids.get, symbols, itertools.repeat(other))
+        ids = np.fromiter(found, np.int32, len(symbols))
+        if self.unknown is None and (ids < 0).any():
+            position = int((ids < 0).argmax())
+            raise ValueError(
+                f"Vocabulary.encode: {symbols[position]!r} at position {position} is "
+                f"not among the {len(self)} symbols; build the vocabulary from text "
+                "that has it, or give the vocabulary an unknown symbol"
+            )
+        return ids
+
+    def decode(self, ids: ArrayLike) -> str:
+        """Turns ids ``[N]`` back into text.
+
+        Raises:
+          ValueError: an id outside the vocabulary, or not integers ``[N]``.
+        """
+        array = np.asarray(ids)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise ValueError(
+                "Vocabulary.decode: ids must be integers [N], got "
+                f"{array.dtype} of shape {array.shape}"
+            )
+        outside = (array < 0) | (array >= len(self))
+        if outside.any():
+            position = int(outside.argmax())
+            raise ValueError(
+                f"Vocabulary.decode: id {array[position]} at position {position} is "
+                f"outside the vocabulary of {len(self)} symbols"
+            )
+        return self.separator.join(self.symbols[i] for i in array.tolist())
+
+    def to_json(self) -> str:
+        """Writes the vocabulary as JSON, for a run's folder."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Vocabulary:
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+          ValueError: text that :meth:`to_json` did not write.
+        """
+        try:
+            fields = json.loads(text)
+            return cls(**{**fields, "symbols": tuple(fields["symbols"])})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"Vocabulary.from_json: not what to_json wrote: {error}"
+            ) from error
