@@ -1,9 +1,9 @@
 """The adding problem: remembering two numbers over hundreds of steps.
 
-Each of T steps shows a number from U(0, 1) and a mark; two steps are marked, one in each
-half, and the answer, due after the last step, is the sum of their numbers. Answering 1
-each time has a mean squared error of 1/6, which is the floor. An LSTM learns to keep the
-two numbers; a simple recurrent network (Elman) forgets them.
+Each of T steps shows a number from U(0, 1) and a mark; two steps are marked, one in
+each half, and the answer, due after the last step, is the sum of their numbers.
+Answering 1 each time has a mean squared error of 1/6, which is the floor. An LSTM
+learns to keep the two numbers; a simple recurrent network (Elman) forgets them.
 
     python experiments/adding.py --workdir runs/adding
     python experiments/adding.py --preset cpu --lengths 100 400
@@ -49,7 +49,9 @@ class Config(train.Options):
 
 PRESETS = {
     "cpu": Config(),
-    "smoke": Config(lengths=(8,), hidden_size=8, batch_size=8, num_steps=40, test_size=50),
+    "smoke": Config(
+        lengths=(8,), hidden_size=8, batch_size=8, num_steps=40, test_size=50
+    ),
     "paper": Config(lengths=(100, 500, 1_000), num_steps=50_000, learning_rate=1e-3),
 }
 

@@ -2,9 +2,9 @@
 
 Every character of CPython's standard-library source gets the class of its token (as
 `tokenize` says): a keyword, a call, a definition, a string, ... Reading from left to
-right, one cannot know that `pri` begins a call until its bracket comes, nor whether a
-quote opens a docstring that ends; a net that reads both ways can. A BiLSTM is set beside
-an LSTM of as many parameters that reads forward only, and beside the floor: the most
+right, one cannot know that `pri` begins a call until its bracket comes, nor that `i`
+is a name and not an `if`; a net that reads both ways can. A BiLSTM is set beside an
+LSTM of as many parameters that reads forward only, and beside the floor: the most
 frequent class of each character. Whole files are held out for validation and for the
 test; the test files are scored once.
 
@@ -49,9 +49,16 @@ class Config(train.Options):
 PRESETS = {
     "cpu": Config(),
     "smoke": Config(
-        corpus=60_000, embed_size=8, hidden_size=8, batch_size=4, length=64, num_steps=20
+        corpus=60_000,
+        embed_size=8,
+        hidden_size=8,
+        batch_size=4,
+        length=64,
+        num_steps=20,
     ),
-    "paper": Config(corpus=100_000_000, hidden_size=256, num_steps=20_000, batch_size=64),
+    "paper": Config(
+        corpus=100_000_000, hidden_size=256, num_steps=20_000, batch_size=64
+    ),
 }
 
 COLOURS = {
@@ -168,7 +175,9 @@ def render(
     figure, panels = pyplot.subplots(
         1, len(columns), figsize=(0.085 * width * len(columns), 0.19 * (height + 2))
     )
-    for panel, (title, labels) in zip(np.atleast_1d(panels), columns.items(), strict=True):
+    for panel, (title, labels) in zip(
+        np.atleast_1d(panels), columns.items(), strict=True
+    ):
         place = 0
         for row, line in enumerate(lines):
             for column, character in enumerate(line):

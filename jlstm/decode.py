@@ -131,7 +131,5 @@ def restrict(
         # A symbol stays if those before it do not reach p yet: the first always does.
         before = jnp.cumsum(probability, axis=-1) - probability
         kept = jnp.where(before < top_p, ordered, jnp.inf)
-        logits = jnp.where(
-            logits < kept.min(-1, keepdims=True), -jnp.inf, logits
-        )
+        logits = jnp.where(logits < kept.min(-1, keepdims=True), -jnp.inf, logits)
     return logits

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlstm.cells.wrappers import prepare
 from jlstm.kernels import IMPLEMENTATIONS
-from jlstm.types import Array, Cell, PyTree, where_rows, zero_rows
+from jlstm.types import Array, Cell, PyTree, gated, where_rows, zero_rows
 
 # Where in a tree of layers the running call stands, for error messages.
 _path: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
@@ -136,7 +136,7 @@ def _unroll(
     key: Array | None,
 ) -> tuple[PyTree, ...]:
     cell = call.cell
-    xs = zero_rows(mask, xs)
+    xs, resets = zero_rows(mask, xs), shard_like(resets, xs)
     run_params, xs = prepare(cell, params, xs, key)
     batch = jax.tree.leaves(xs)[0].shape[0]
     fresh = cell.init_carry(params, (batch,))
@@ -145,9 +145,9 @@ def _unroll(
     fresh, carry = _fit(cell, run_params, xs, fresh, carry)
 
     before, last = resets, None
-    if resets is not None and call.reverse:
+    if resets is not None and resets.shape[1] and call.reverse:
         # A boundary between t-1 and t comes after t, that is, before step t-1 is taken.
-        last = resets[:, 0] if resets.shape[1] else None
+        last = resets[:, 0]
         before = jnp.roll(resets, -1, axis=1).at[:, -1].set(False)
     ys, carry, carries = IMPLEMENTATIONS[call.implementation].unroll(
         cell,
@@ -212,7 +212,25 @@ def _fit(cell: Cell, params: PyTree, xs: PyTree, *carries: PyTree) -> list[PyTre
     return [jax.tree.map(fit, carry, out) for carry in carries]
 
 
-# Checks. Values can be looked at only where they are concrete; shapes and dtypes always.
+def shard_like(x: Any, like: PyTree, axes: int | None = None) -> Any:
+    """Shards the first axes of an array as a tree's, where axes are explicit.
+
+    There a select or a concatenation demands operands of one sharding, which a
+    ``jnp.zeros`` does not have.
+
+    Args:
+      x: an array, or ``None``.
+      like: a tree of arrays; its first leaf counts.
+      axes: how many axes of ``x`` to shard, all if ``None``.
+    """
+    sharding = jax.typeof(jax.tree.leaves(like)[0]).sharding
+    if x is None or AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    names = sharding.spec[: x.ndim if axes is None else axes]
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*names)))
+
+
+# Checks. Shapes and dtypes are always known, values only where they are concrete.
 
 
 def shapes(tree: PyTree, drop: int = 0) -> str:
@@ -232,15 +250,24 @@ def check_hashable(config: Any, where: str) -> None:
     except TypeError as problem:
         raise error(
             where,
-            f"{type(config).__name__} must be hashable, got {problem}; make it a frozen "
-            "dataclass whose fields are numbers, strings, tuples or module-level "
-            "functions",
+            f"{type(config).__name__} must be hashable, got {problem}; make it a "
+            "frozen dataclass whose fields are numbers, strings, tuples or "
+            "module-level functions",
         ) from None
 
 
 def is_concrete(x: Any) -> bool:
     """Tells whether values can be looked at."""
-    return not isinstance(x, jax.core.Tracer)
+    return not isinstance(x, jax.core.Tracer) and getattr(
+        x, "is_fully_addressable", True
+    )
+
+
+def value_range(x: Any) -> tuple[int, int]:
+    """Returns the least and the largest of concrete integers."""
+    # By NumPy: inside a trace JAX would trace the minimum of a constant too.
+    values = np.asarray(x)
+    return int(values.min()), int(values.max())
 
 
 def batch_and_time(xs: PyTree, where: str) -> tuple[int, int]:
@@ -312,7 +339,7 @@ def valid_steps(
                 f"{list(flags.shape)} {flags.dtype}",
             )
     if lengths is None:
-        return mask
+        return shard_like(mask, xs)
     if mask is not None:
         raise error(where, "give lengths or mask, not both")
     lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
@@ -323,14 +350,14 @@ def valid_steps(
             f"{list(lengths.shape)} {lengths.dtype}",
         )
     if is_concrete(lengths) and batch:
-        low, high = int(np.min(lengths)), int(np.max(lengths))
+        low, high = value_range(lengths)
         if low < 0 or high > time:
             raise error(
                 where,
                 f"lengths must lie in 0..T={time}, got values from {low} to {high}",
             )
     steps = jnp.arange(time, dtype=lengths.dtype)
-    return steps[None, :] < lengths[:, None]
+    return shard_like(steps[None, :] < lengths[:, None], xs)
 
 
 def _check_carry(cell: Cell, params: PyTree, carry: PyTree, batch: int) -> None:
@@ -396,6 +423,7 @@ def explain(cell: Cell, *, implementation: str | None = None) -> Explanation:
 
 def choose(cell: Cell, implementation: str | None) -> str:
     """Returns the name of the implementation to run; a named one never falls back."""
+    gated(cell)  # refuses a half-defined form, whatever runs
     if implementation is None:
         able = (name for name, k in IMPLEMENTATIONS.items() if not k.why_not(cell))
         return next(able)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlstm.types import Array, Initializer, config
+from jlstm.types import Array, Initializer, common_dtype, config
 
 
 def zeros(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -40,7 +40,8 @@ def lecun_normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 
 def orthogonal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """Draws an orthogonal matrix (Saxe et al., 2014)."""
-    return jax.nn.initializers.orthogonal()(key, shape, dtype)
+    wide = common_dtype(dtype, jnp.float32)  # half precision has no QR
+    return jax.nn.initializers.orthogonal()(key, shape, wide).astype(dtype)
 
 
 @config

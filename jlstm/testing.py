@@ -53,10 +53,10 @@ def check_cell(
     The carry keeps its type; the gated form equals the step; unrolling equals a Python
     loop; padding is inert, garbage and NaN alike, in values and gradients; a row of
     length 0 returns its incoming carry; chunks equal the whole; reverse equals
-    flipping; rows are independent; resets equal separate sequences, in both directions, with a
-    learned fresh carry; ``vmap`` equals a loop; ``jit`` equals eager, and equal configs
-    share one trace; gradients, and gradients of gradients, equal finite differences;
-    implementations agree.
+    flipping; rows are independent; resets equal separate sequences, in both directions,
+    with a learned fresh carry; ``vmap`` equals a loop; ``jit`` equals eager, and equal
+    configs share one trace; gradients, and gradients of gradients, equal finite
+    differences; implementations agree.
 
     Args:
       cell: the cell.

@@ -153,7 +153,7 @@ def common_dtype(*dtypes: Any) -> Any:
 
 
 def where_rows(flags: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
-    """Selects row by row: ``flags [B]`` (or ``[B, T]``) against leaves that begin so."""
+    """Selects by row, or step: flags ``[B]`` or ``[B, T]``, leaves that begin so."""
 
     def select(a: Array, b: Array) -> Array:
         return jnp.where(
@@ -171,7 +171,7 @@ def zero_rows(flags: Array | None, tree: PyTree) -> PyTree:
 
 
 def float_dtype(x: Any) -> Any:
-    """The dtype for params that meet ``x``: that of a floating ``x``, else the default."""
+    """The dtype of params that meet ``x``: its own if floating, else the default."""
     return jnp.result_type(x) if is_inexact(x) else jnp.result_type(float)
 
 
@@ -196,8 +196,8 @@ def config(cls: type[T]) -> type[T]:
             name = getattr(getattr(self, field.name), "__qualname__", "")
             if "<lambda>" in name or "<locals>" in name:
                 raise ValueError(
-                    f"{cls.__name__}.{field.name}: must be a module-level function or a "
-                    f"frozen dataclass, got {name}; give it a name at the top of a module"
+                    f"{cls.__name__}.{field.name}: must be a module-level function or "
+                    f"a frozen dataclass, got {name}; define it at the top of a module"
                 )
         if check is not None:
             check(self)

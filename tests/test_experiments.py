@@ -1,5 +1,4 @@
-"""Guarantees that every experiment runs, leaves what the README promises, and refuses
-bad input in one line."""
+"""Guarantees that experiments run, leave what is promised, and refuse bad input."""
 
 from __future__ import annotations
 
@@ -16,10 +15,19 @@ from jlstm import train
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
-KEYS = (
-    "experiment preset metric value floor floor_name published seconds device seed "
-    "test_evaluations"
-).split()
+KEYS = {
+    "experiment",
+    "preset",
+    "metric",
+    "value",
+    "floor",
+    "floor_name",
+    "published",
+    "seconds",
+    "device",
+    "seed",
+    "test_evaluations",
+}
 
 
 def load(name):
@@ -57,7 +65,7 @@ def test_other_smoke_presets_leave_their_results(name, tmp_path):
 
 def check_smoke(name, path):
     _, result = smoke(name, path)
-    assert set(KEYS) <= set(result)
+    assert set(result) >= KEYS
     assert json.loads((path / "result.json").read_text()) == result
     assert math.isfinite(result["value"])
     assert math.isfinite(result["floor"])

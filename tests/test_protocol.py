@@ -2,7 +2,8 @@
 
 Each of these is written as a user would write it, and stretches the protocol somewhere:
 a spatial carry, two sizes in a carry, a pytree of inputs, noise by step, params that
-differ by row, a layer that changes T. All pass the laws, on every loop that can run them.
+differ by row, a layer that changes T. All pass the laws, on every loop that can run
+them.
 """
 
 from __future__ import annotations
@@ -400,7 +401,10 @@ def test_gated_asks_a_wrappers_inner_cell(cell, expected):
 def test_zoneout_draws_the_same_masks_on_every_loop():
     cell, xs = Zoneout(jlstm.LSTM(4), 0.5), jnp.ones((2, 6, 3))
     params = cell.init(jax.random.key(0), xs[:, 0])
-    run = lambda key, name: jlstm.unroll(cell, params, xs, key=key, implementation=name)
+
+    def run(key, name):
+        return jlstm.unroll(cell, params, xs, key=key, implementation=name)
+
     key = jax.random.key(1)
     np.testing.assert_allclose(run(key, "scan")[0], run(key, "fused")[0], atol=1e-6)
     assert not np.allclose(run(key, "scan")[0], run(None, "scan")[0])
@@ -414,7 +418,7 @@ def test_half_defined_gated_form_is_refused_by_name():
             return x
 
     with pytest.raises(
-        TypeError, match="Half: the gated form needs .* without mix, update"
+        TypeError, match=r"Half: the gated form needs .* without mix, update"
     ):
         check_cell(Half(4))
 

@@ -73,7 +73,8 @@ class Stack:
 
     def check(self, xs: PyTree) -> None:
         """Looks at concrete inputs, as the first layer does."""
-        check_input(self.layers[0], xs)
+        with door.at("stack[0]"):
+            check_input(self.layers[0], xs)
 
     def apply(
         self,
@@ -171,7 +172,8 @@ def _any_valid(lengths: Array | None, mask: Array | None) -> Array | None:
 def stack(*layers: Layer) -> Stack:
     """Runs layers one after another; params and carry are tuples, one entry a layer.
 
-    A stack is a layer: stacks nest. No layer declares its input size; ``init`` finds it.
+    A stack is a layer: stacks nest. No layer declares its input size: ``init`` finds
+    it.
 
     Raises:
       TypeError: something is not a layer, such as a bare cell.
@@ -314,16 +316,19 @@ def _reduce(ys: PyTree, valid: Array | None, kind: Pooling) -> PyTree:
 
     def reduce(leaf: Array) -> Array:
         flags = valid.reshape(valid.shape + (1,) * (leaf.ndim - 2))
-        some = (count > 0).reshape((-1,) + (1,) * (leaf.ndim - 2))
-        if kind == "max":
-            low = jnp.asarray(-jnp.inf, leaf.dtype)
-            highest = jnp.where(flags, leaf, low).max(1, initial=-jnp.inf)
-            return jnp.where(some, highest, jnp.zeros_like(highest))
+        if kind == "max" and time:
+            # The gradient of a max compares values for equality, which fails (0 / 0)
+            # where the compiler computes them twice and rounds them differently.
+            low = jnp.where(flags, leaf, jnp.asarray(-jnp.inf, leaf.dtype))
+            highest = jax.lax.argmax(low, 1, jnp.int32)[:, None]
+            steps = jax.lax.broadcasted_iota(jnp.int32, leaf.shape, 1)
+            flags = flags & (steps == highest)
+            return jnp.where(flags, leaf, jnp.zeros_like(leaf)).sum(1)
         total = jnp.where(flags, leaf, jnp.zeros_like(leaf)).sum(1)
         if kind == "sum":
             return total
-        divisor = jnp.maximum(count, 1).astype(leaf.dtype).reshape(some.shape)
-        return total / divisor
+        divisor = jnp.maximum(count, 1).astype(leaf.dtype)
+        return total / divisor.reshape((-1,) + (1,) * (leaf.ndim - 2))
 
     return jax.tree.map(reduce, ys)
 

@@ -142,8 +142,8 @@ class Conv:
             return lengths, mask, resets
         if resets is not None:
             raise NotImplementedError(
-                f"{self!r}: cannot honour resets, since its outputs are not one a step; "
-                "use padding 'SAME' or 'CAUSAL' with stride 1"
+                f"{self!r}: cannot honour resets, since its outputs are not one a "
+                "step; use padding 'SAME' or 'CAUSAL' with stride 1"
             )
         if lengths is not None:
             reach = self._reach if self.padding == "VALID" else 0
@@ -177,6 +177,7 @@ class Conv:
             )
         given = {"lengths": lengths, "mask": mask, "resets": resets}
         valid = door.valid_steps(xs, **given, where="Conv")
+        resets = door.shard_like(resets, xs)
         dtype = common_dtype(xs.dtype, params.w.dtype)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         xs = zero_rows(valid, xs.astype(dtype))
@@ -216,7 +217,7 @@ class Conv:
             order = jnp.argsort(~valid, axis=1, stable=True)  # type: ignore
             xs = take_steps(xs, order)
             segments = None if segments is None else take_steps(segments, order)
-        xs = jnp.concatenate([before, xs], axis=1)
+        xs = jnp.concatenate([door.shard_like(before, xs), xs], axis=1)
         if segments is not None:
             segments = jnp.pad(segments, ((0, 0), (self._reach, 0)))
         ys = self._affine(params, xs, segments)
@@ -262,4 +263,5 @@ class Conv:
 
 def take_steps(xs: Array, steps: Array) -> Array:
     """Takes ``xs[b, steps[b, i]]`` for ``xs [B, T, ...]`` and ``steps [B, I]``."""
+    steps = door.shard_like(steps, xs, axes=1)
     return jax.vmap(lambda row, index: row[index])(xs, steps)

@@ -97,8 +97,8 @@ class Dropout(Pointwise):
             time = 1 if self.shared_over_time else leaf.shape[1]
             shape = (leaf.shape[0], time, *leaf.shape[2:])
             keep = jax.random.bernoulli(key, 1 - self.rate, shape)
-            scale = jnp.asarray(1 / (1 - self.rate), leaf.dtype)
-            return jnp.where(keep, leaf * scale, jnp.zeros_like(leaf))
+            # A product, because a select refuses a mask of another sharding.
+            return leaf * (keep.astype(leaf.dtype) / (1 - self.rate))
 
         return structure.unflatten(map(drop, leaves, keys))
 
@@ -176,8 +176,8 @@ class Embed(Pointwise):
       vocab_size: ``V``.
       size: features of a vector.
       frozen: keeps gradients from the table (exclude it from weight decay too).
-      table_init: initialiser of the table; ``jlstm.init.Pretrained(vectors)`` for vectors
-        that exist.
+      table_init: initialiser of the table; ``jlstm.init.Pretrained(vectors)`` for
+        vectors that exist.
       dtype: of the table, ``float32`` unless 64-bit mode is on.
 
     Example:
@@ -211,7 +211,7 @@ class Embed(Pointwise):
         self._check_dtype(xs)
         if not door.is_concrete(xs) or not xs.size:
             return
-        low, high = int(xs.min()), int(xs.max())
+        low, high = door.value_range(xs)
         if low < 0 or high >= self.vocab_size:
             raise door.error(
                 "Embed",
@@ -236,7 +236,10 @@ def look_up(table: Array, ids: Array) -> Array:
     out_sharding = None
     if AxisType.Explicit in sharding.mesh.axis_types:
         out_sharding = PartitionSpec(*sharding.spec, *(None,) * (table.ndim - 1))
-    return table.at[ids].get(mode="clip", out_sharding=out_sharding)
+    # Without wrapping, since -1 is not the last token.
+    return table.at[ids].get(
+        mode="clip", out_sharding=out_sharding, wrap_negative_indices=False
+    )
 
 
 @struct.dataclass

@@ -66,11 +66,9 @@ def summary(layer: Layer, xs: PyTree) -> Summary:
       xs: example input ``[B, T, ...]``; arrays or ``jax.ShapeDtypeStruct``.
 
     Example:
-      >>> print(jlstm.summary(jlstm.bidirectional(jlstm.LSTM(4)), jnp.ones((2, 5, 3))))
-      layer                                  output      params  carry bytes  implementation
-      Bidirectional                          [2, 5, 8]      256          128
-        forward: RNN(LSTM(4))                [2, 5, 4]      128           64  fused
-        backward: RNN(LSTM(4), reverse=True)  [2, 5, 4]      128           64  fused
+      >>> print(jlstm.summary(jlstm.RNN(jlstm.LSTM(4)), jnp.ones((2, 5, 3))))
+      layer         output     params  carry bytes  implementation
+      RNN(LSTM(4))  [2, 5, 4]     128           64  scan
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(layer.init, key, xs)

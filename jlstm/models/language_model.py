@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
 from jlstm.cells import affine
@@ -35,8 +34,10 @@ class LanguageModelParams:
 
 @config
 class LanguageModel:
-    r"""Predicts the next symbol:
-    :math:`p(x_{t+1} \mid x_{\le t}) = \mathrm{softmax}(W y_t + b)`.
+    r"""Predicts the next symbol.
+
+    .. math::
+        p(x_{t+1} \mid x_{\le t}) = \mathrm{softmax}(W y_t + b)
 
     Attributes:
       body: any causal layer on vectors, such as ``RNN(LSTM(256))``.
@@ -63,8 +64,8 @@ class LanguageModel:
         check_positive(self, "vocab_size", "embed_size")
         if not getattr(self.body, "causal", True):
             raise ValueError(
-                f"LanguageModel.body: must be causal, got {self.body!r}, which sees the "
-                "symbol that it is to predict"
+                f"LanguageModel.body: must be causal, got {self.body!r}, which sees "
+                "the symbol that it is to predict"
             )
 
     @property
@@ -82,8 +83,9 @@ class LanguageModel:
         ys, _ = jax.eval_shape(self.body.apply, body, vectors)
         if self.tied and ys.shape[-1] != self.embed_size:
             raise ValueError(
-                f"LanguageModel.tied: the body must return embed_size={self.embed_size} "
-                f"features, got {ys.shape[-1]}; put Dense({self.embed_size}) after it"
+                "LanguageModel.tied: the body must return embed_size="
+                f"{self.embed_size} features, got {ys.shape[-1]}; put "
+                f"Dense({self.embed_size}) after it"
             )
         head = Dense(self.vocab_size).init(keys[2], ys)
         return LanguageModelParams(embed, body, None if self.tied else head.w, head.b)
