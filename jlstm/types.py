@@ -47,15 +47,17 @@ class Cell(Protocol):
     * the gated form, ``project``, ``mix`` and ``update`` (see :func:`gated`).
     """
 
-    def init(self, key: Array, x: PyTree) -> PyTree:
+    def init(self, key: Array, x: PyTree, /) -> PyTree:
         """Makes params; of ``x`` (the input at one step) only shape and dtype count."""
         ...
 
-    def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> PyTree:
+    def init_carry(self, params: PyTree, batch_shape: tuple[int, ...], /) -> PyTree:
         """Makes the fresh carry: zeros, or learned."""
         ...
 
-    def step(self, params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+    def step(
+        self, params: PyTree, carry: PyTree, x: PyTree, /
+    ) -> tuple[PyTree, PyTree]:
         """Advances one step and returns ``(carry, y)``, the order of ``lax.scan``."""
         ...
 
@@ -72,11 +74,11 @@ class Layer(Protocol):
     * ``last(params, xs, carry, ...)``: see :func:`jlstm.pool`.
     """
 
-    def init(self, key: Array, xs: PyTree) -> PyTree:
+    def init(self, key: Array, xs: PyTree, /) -> PyTree:
         """Makes params; of ``xs`` (a batch of sequences) only shape and dtype count."""
         ...
 
-    def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> PyTree:
+    def init_carry(self, params: PyTree, batch_shape: tuple[int, ...], /) -> PyTree:
         """Makes the fresh carry."""
         ...
 
@@ -85,6 +87,7 @@ class Layer(Protocol):
         params: PyTree,
         xs: PyTree,
         carry: PyTree = None,
+        /,
         *,
         lengths: Array | None = None,
         mask: Array | None = None,

@@ -88,7 +88,12 @@ class Stack:
         key: Array | None = None,
     ) -> tuple[PyTree, tuple[PyTree, ...]]:
         """Runs the layers; each gets a key of its own."""
-        masking = {"lengths": lengths, "mask": mask, "resets": resets, "key": key}
+        masking: dict[str, Any] = {
+            "lengths": lengths,
+            "mask": mask,
+            "resets": resets,
+            "key": key,
+        }
         return self._enter("apply", params, xs, carry, masking)
 
     def last(
@@ -117,7 +122,9 @@ class Stack:
                     f"{name} must have one entry a layer, {len(self.layers)}, got "
                     f"{len(value)}",
                 )
-        given = {name: masking.get(name) for name in ("lengths", "mask", "resets")}
+        given: dict[str, Any] = {
+            name: masking.get(name) for name in ("lengths", "mask", "resets")
+        }
         valid = door.valid_steps(xs, **given, where="stack")
         check_input(self, zero_rows(valid, xs))
         # A summary needs the layers to run, not a compiled copy of them.
@@ -297,7 +304,7 @@ def pool(
     if kind not in get_args(Pooling):
         names = ", ".join(repr(name) for name in get_args(Pooling))
         raise door.error("pool", f"kind must be one of {names}, got {kind!r}")
-    masking = {"lengths": lengths, "mask": mask, "resets": resets}
+    masking: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
     if kind == "last":
         return last(name, layer, params, xs, carry, key=key, **masking)
     ys, carry = run_layer(name, layer, params, xs, carry, key=key, **masking)

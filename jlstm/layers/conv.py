@@ -175,7 +175,7 @@ class Conv:
                 "Conv",
                 f"xs must be [B, T, D={params.w.shape[1]}], got {list(xs.shape)}",
             )
-        given = {"lengths": lengths, "mask": mask, "resets": resets}
+        given: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
         valid = door.valid_steps(xs, **given, where="Conv")
         resets = door.shard_like(resets, xs)
         dtype = common_dtype(xs.dtype, params.w.dtype)

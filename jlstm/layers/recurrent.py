@@ -310,7 +310,12 @@ class Bidirectional:
         key: Array | None = None,
     ) -> tuple[PyTree, BidirectionalCarry]:
         """Runs both directions and merges their outputs, aligned in time."""
-        masking = {"lengths": lengths, "mask": mask, "resets": resets, "key": key}
+        masking: dict[str, Any] = {
+            "lengths": lengths,
+            "mask": mask,
+            "resets": resets,
+            "key": key,
+        }
         return self._both("apply", params, xs, carry, **masking)
 
     def last(

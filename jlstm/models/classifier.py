@@ -72,7 +72,12 @@ class Classifier:
         key: Array | None = None,
     ) -> tuple[Array, PyTree]:
         """Returns ``(logits [B, num_classes], carry)``."""
-        masking = {"lengths": lengths, "mask": mask, "resets": resets, "key": key}
+        masking: dict[str, Any] = {
+            "lengths": lengths,
+            "mask": mask,
+            "resets": resets,
+            "key": key,
+        }
         y, carry = self._pool(params.encoder, xs, carry, **masking)
         logits, _ = Dense(self.num_classes).apply(params.head, y[:, None])
         return logits[:, 0], carry

@@ -108,7 +108,7 @@ class LanguageModel:
         key: Array | None = None,
     ) -> tuple[Array, PyTree]:
         """Returns ``(logits [B, T, V], carry)`` for tokens ``xs [B, T]``."""
-        masking = {"lengths": lengths, "mask": mask, "resets": resets}
+        masking: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
         valid = valid_steps(xs, **masking, where="LanguageModel")
         vectors, _ = run_layer("embed", self._embed, params.embed, xs, **masking)
         ys, carry = run_layer(

@@ -72,7 +72,7 @@ class Tagger:
         key: Array | None = None,
     ) -> tuple[Array, PyTree]:
         """Returns ``(logits [B, T, num_tags], carry)``, zeros at masked steps."""
-        masking = {"lengths": lengths, "mask": mask, "resets": resets}
+        masking: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
         ys, carry = run_layer(
             "encoder", self.encoder, params.encoder, xs, carry, key=key, **masking
         )
