@@ -218,7 +218,8 @@ def continue_text(config: Config) -> dict:
         raise ValueError(
             f"char_lm: --generate needs the --workdir of a finished run, got {workdir}"
         )
-    if not config.generate:
+    prompt = config.generate
+    if not prompt:
         raise ValueError("char_lm: --generate needs a text of at least one character")
     saved = json.loads((workdir / "config.json").read_text())
     shape = {name: saved[name] for name in ("num_layers", "hidden_size", "embed_size")}
@@ -228,7 +229,7 @@ def continue_text(config: Config) -> dict:
     blank = jnp.zeros((1, 1), jnp.int32)
     like = jax.eval_shape(model.init, jax.random.key(0), blank)
     params = train.load(workdir / "params", like)
-    text = write(config, model, params, vocabulary, config.generate)
+    text = write(config, model, params, vocabulary, prompt)
     print(text)
     return {"text": text}
 

@@ -112,7 +112,7 @@ def fit_one(
     name: str,
     model: jlstm.Tagger,
     parts: list[dict[str, np.ndarray]],
-) -> tuple[jlstm.layers.Stack, float]:
+) -> tuple[jlstm.TaggerParams, float]:
     """Trains a model; returns its params and its accuracy on the test files."""
     training, validation, test = parts
 
@@ -168,7 +168,7 @@ def render(
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import patches, pyplot
 
     lines = source.split("\n")
     width, height = max(map(len, lines)), len(lines)
@@ -184,7 +184,7 @@ def render(
                 label, right = labels[place], truth[place]
                 if label != right:
                     box = (column - 0.5, row - 0.5)
-                    panel.add_patch(pyplot.Rectangle(box, 1, 1, color="#ffb3b3"))
+                    panel.add_patch(patches.Rectangle(box, 1, 1, color="#ffb3b3"))
                 colour = COLOURS[data.TOKEN_CLASSES[label]]
                 panel.text(
                     column, row, character, color=colour, family="monospace",

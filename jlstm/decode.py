@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jlstm import door
-from jlstm.layers.compose import is_causal, step
+from jlstm.layers.compose import check_input, is_causal, step
 from jlstm.layers.recurrent import take_valid
-from jlstm.types import Array, Layer, PyTree
+from jlstm.types import Array, Layer, PyTree, zero_rows
 
 
 def generate(
@@ -66,6 +66,11 @@ def generate(
         raise ValueError(
             f"generate: prompt must be [B, T] with T >= 1, got {list(prompt.shape)}"
         )
+    valid = door.valid_steps(prompt, lengths=lengths, where="generate")
+    checkable = lengths is not None and door.is_concrete(lengths)
+    if checkable and door.value_range(lengths)[0] < 1:
+        raise ValueError("generate: lengths must be at least 1, got 0")
+    check_input(model, zero_rows(valid, prompt))
     if temperature <= 0:
         raise ValueError(
             f"generate: temperature must be positive, got {temperature}; for the most "

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlstm.cells.wrappers import prepare
@@ -258,9 +259,7 @@ def check_hashable(config: Any, where: str) -> None:
 
 def is_concrete(x: Any) -> bool:
     """Tells whether values can be looked at."""
-    return not isinstance(x, jax.core.Tracer) and getattr(
-        x, "is_fully_addressable", True
-    )
+    return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def value_range(x: Any) -> tuple[int, int]:
@@ -341,23 +340,23 @@ def valid_steps(
     if lengths is None:
         return shard_like(mask, xs)
     if mask is not None:
-        raise error(where, "give lengths or mask, not both")
-    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
-    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise error(where, "give lengths or mask, not both; got both")
+    given: Any = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    if given.shape != (batch,) or not jnp.issubdtype(given.dtype, jnp.integer):
         raise error(
             where,
             f"lengths must be [B]=[{batch}] integers, got "
-            f"{list(lengths.shape)} {lengths.dtype}",
+            f"{list(given.shape)} {given.dtype}",
         )
-    if is_concrete(lengths) and batch:
-        low, high = value_range(lengths)
+    if is_concrete(given) and batch:
+        low, high = value_range(given)
         if low < 0 or high > time:
             raise error(
                 where,
                 f"lengths must lie in 0..T={time}, got values from {low} to {high}",
             )
-    steps = jnp.arange(time, dtype=lengths.dtype)
-    return shard_like(steps[None, :] < lengths[:, None], xs)
+    steps = jnp.arange(time, dtype=given.dtype)
+    return shard_like(steps[None, :] < given[:, None], xs)
 
 
 def _check_carry(cell: Cell, params: PyTree, carry: PyTree, batch: int) -> None:

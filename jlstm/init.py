@@ -99,7 +99,7 @@ class Pretrained:
     Example:
       >>> vectors = np.ones((100, 16), np.float32)
       >>> jlstm.Embed(100, 16, table_init=jlstm.init.Pretrained(vectors))
-      Embed(100, 16, table_init=Pretrained([100, 16], sha256='d9afd83d'))
+      Embed(100, 16, table_init=Pretrained([100, 16], sha256='cd22e001'))
     """
 
     def __init__(self, values: Any) -> None:

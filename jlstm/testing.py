@@ -467,7 +467,11 @@ def _check_derivatives(subject: Any, case: _Case, run: _Runner) -> None:
 
     def at(step: float) -> dict[str, PyTree]:
         shifted = jax.tree.map(lambda p, d: p + step * d, _smooth(parts), along)
-        return run(_Case(*_join(shifted, parts)), **flags)
+        return run(
+            _Case(*_join(shifted, parts)),
+            mask=flags["mask"],
+            resets=flags.get("resets"),
+        )
 
     def slope(result: dict[str, PyTree], direction: PyTree) -> Array:
         grads = (result["d_params"], result["d_xs"], result["d_carry"])

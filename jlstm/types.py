@@ -222,8 +222,6 @@ def config(cls: type[T]) -> type[T]:
 
 
 def _literal(value: Any) -> str:
-    if isinstance(value, jnp.dtype):
-        return value.name
     name = getattr(value, "__qualname__", None)
     return repr(value) if name is None else f"{value.__module__}.{name}"
 
@@ -258,7 +256,8 @@ class Policy:
                 raise ValueError(
                     f"Policy.{field.name}: must be a floating dtype, got {dtype.name}"
                 )
-            object.__setattr__(self, field.name, dtype)
+            # By name: NumPy's dtype of float64 equals None.
+            object.__setattr__(self, field.name, dtype.name)
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -141,7 +141,11 @@ def test_signatures_begin_as_the_protocols_do(config):
         )
         if not isinstance(raw, staticmethod):
             assert parameters.pop(0).name == "self"
-        positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        by_place = (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        )
+        positional = [p for p in parameters if p.kind in by_place]
         assert [p.name for p in positional] == names, f"{config.__name__}.{method}"
         for parameter in parameters[len(names) :]:
             assert parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD)

@@ -275,7 +275,7 @@ def test_config_is_frozen_and_compared_by_value(cell):
 def test_config_refuses_a_lambda_and_says_what_to_write():
     message = (
         r"^Elman\.activation: must be a module-level function or a frozen dataclass, "
-        r"got .*<lambda>; give it a name at the top of a module$"
+        r"got .*<lambda>; define it at the top of a module$"
     )
     with pytest.raises(ValueError, match=message):
         jlstm.Elman(8, activation=lambda x: x)

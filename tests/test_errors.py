@@ -148,7 +148,7 @@ MISTAKES = {
     "lengths and mask": Mistake(
         lambda: unroll(lengths=jnp.ones(2, jnp.int32), mask=jnp.ones((2, 5), bool)),
         ValueError,
-        "unroll: give lengths or mask, not both",
+        "unroll: give lengths or mask, not both; got both",
     ),
     "float mask": Mistake(
         lambda: unroll(mask=jnp.ones((2, 5))),
@@ -198,7 +198,7 @@ MISTAKES = {
     "a bare cell in a stack": Mistake(
         lambda: jlstm.stack(loose(jlstm.LSTM(256))),
         TypeError,
-        "stack: layers[0] must be a layer, got the cell LSTM(256); wrap it: RNN(...)",
+        "stack.layers[0]: must be a layer, got the cell LSTM(256); wrap it: RNN(...)",
     ),
     "a carry of another batch, deep in a stack": Mistake(
         lambda: STACK.apply(BOTH, TOKENS, ((), jlstm.BidirectionalCarry(None, LONG))),
@@ -208,22 +208,22 @@ MISTAKES = {
     "a bare cell in a classifier": Mistake(
         lambda: jlstm.Classifier(loose(LSTM), 2),
         TypeError,
-        "Classifier.encoder must be a layer, got the cell LSTM(4); wrap it: ...",
+        "Classifier.encoder: must be a layer, got the cell LSTM(4); wrap it: ...",
     ),
     "a layer in a bidirectional": Mistake(
         lambda: jlstm.bidirectional(loose(jlstm.RNN(LSTM))),
         TypeError,
-        "bidirectional: cell must be a cell, got the layer RNN(LSTM(4)); give ...",
+        "bidirectional.cell: must be a cell, got the layer RNN(LSTM(4)); give ...",
     ),
     "a layer in an RNN": Mistake(
         lambda: jlstm.RNN(DENSE),
         TypeError,
-        "RNN.cell must be a cell, got the layer Dense(4); give the cell itself...",
+        "RNN.cell: must be a cell, got the layer Dense(4); give the cell itself...",
     ),
     "a string in a stack": Mistake(
         lambda: jlstm.stack(loose("LSTM")),
         TypeError,
-        "stack: layers[0] must be a layer, got 'LSTM'",
+        "stack.layers[0]: must be a layer, got 'LSTM'",
     ),
     "an empty stack": Mistake(
         lambda: jlstm.stack(), ValueError, "stack: needs at least one layer"

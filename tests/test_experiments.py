@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib.util
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,11 @@ KEYS = {
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def test_script_is_one_readable_file(name):
     source = (FOLDER / f"{name}.py").read_text()
     assert len(source.splitlines()) <= 300
     tree = ast.parse(source)
-    assert f"python experiments/{name}.py" in ast.get_docstring(tree)
+    assert f"python experiments/{name}.py" in (ast.get_docstring(tree) or "")
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not [n for n in names if n.startswith("_") and not n.startswith("__")]
 

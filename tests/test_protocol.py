@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -296,7 +297,8 @@ class AttentionLSTM:
         return AttentionCarry(*(jnp.zeros((*batch_shape, n), dtype) for n in sizes))
 
     def prepare(self, params, xs, *, key=None):
-        return params.replace(keys=params.memory @ params.w_key), xs
+        keys = params.memory @ params.w_key
+        return dataclasses.replace(params, keys=keys), xs
 
     def project(self, params, x):
         return x @ params.w_ih
@@ -343,8 +345,8 @@ class Halve:
     def apply(
         self, params, xs, carry=None, *, lengths=None, mask=None, resets=None, key=None
     ):
-        where = {"lengths": lengths, "mask": mask, "resets": resets}
-        xs = jlstm.zero_rows(jlstm.valid_steps(xs, **where), xs)
+        valid = jlstm.valid_steps(xs, lengths=lengths, mask=mask, resets=resets)
+        xs = jlstm.zero_rows(valid, xs)
         batch, time, features = xs.shape
         ys = xs[:, : time // 2 * 2].reshape(batch, time // 2, 2 * features)
         lengths, mask, _ = self.retime(lengths, mask, resets)
@@ -382,11 +384,12 @@ def test_attention_decoder_obeys_the_laws():
     draw = np.random.default_rng(0).standard_normal
     with jax.enable_x64(True):
         params = cell.init(jax.random.key(0), jnp.zeros((3, 5), jnp.float64))
-        params = params.replace(memory=jnp.asarray(draw((3, 7, 3))))
+        memory = jnp.asarray(draw((3, 7, 3)))
+        params = dataclasses.replace(params, memory=memory)
     check_cell(
         cell,
         params=params,
-        take_rows=lambda p, rows: p.replace(memory=p.memory[rows]),
+        take_rows=lambda p, rows: dataclasses.replace(p, memory=p.memory[rows]),
     )
 
 

@@ -32,7 +32,7 @@ class Stack:
         if not self.layers:
             raise ValueError("stack: needs at least one layer")
         for i, layer in enumerate(self.layers):
-            check_layer_field(f"stack: layers[{i}]", layer)
+            check_layer_field(f"stack.layers[{i}]", layer)
 
     def __repr__(self) -> str:
         return f"stack({', '.join(map(repr, self.layers))})"
@@ -127,9 +127,9 @@ class Stack:
         }
         valid = door.valid_steps(xs, **given, where="stack")
         check_input(self, zero_rows(valid, xs))
-        # A summary needs the layers to run, not a compiled copy of them.
-        run = _run_stack if rows() is None else _run_stack.__wrapped__
-        return run(self, method, params, xs, carry, masking)
+        if rows() is not None:  # a summary needs the layers to run, not a compiled copy
+            return self._run(method, params, xs, carry, masking)
+        return _run_stack(self, method, params, xs, carry, masking)
 
     def _run(
         self,
@@ -137,9 +137,9 @@ class Stack:
         params: tuple[PyTree, ...],
         xs: PyTree,
         carry: tuple[PyTree, ...] | None,
-        masking: dict[str, Array | None],
+        options: dict[str, Array | None],
     ) -> tuple[PyTree, tuple[PyTree, ...]]:
-        masking = dict(masking)
+        masking: dict[str, Any] = dict(options)
         key = masking.pop("key", None)
         carry = (None,) * len(self.layers) if carry is None else carry
         pooled_at = len(self.layers)

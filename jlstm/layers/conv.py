@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -186,9 +186,10 @@ class Conv:
             ys = self._convolve(params, xs, resets)
             out = door.valid_steps(ys, lengths=lengths, mask=mask, where="Conv")
             return zero_rows(out, ys), ()
-        if carry is None:
-            carry = self.init_carry(params, xs.shape[:1])
-        before = carry.xs.astype(dtype)
+        incoming: Any = (
+            self.init_carry(params, xs.shape[:1]) if carry is None else carry
+        )
+        before = incoming.xs.astype(dtype)
         if before.shape != (xs.shape[0], self._reach, xs.shape[-1]):
             raise door.error(
                 "Conv",
@@ -212,9 +213,9 @@ class Conv:
         )
         last = None if segments is None else resets.sum(1, dtype=jnp.int32)  # type: ignore
         order = None
-        if holes:
+        if holes and valid is not None:
             # Valid steps first, in order: a masked step is as if it were not there.
-            order = jnp.argsort(~valid, axis=1, stable=True)  # type: ignore
+            order = jnp.argsort(~valid, axis=1, stable=True)
             xs = take_steps(xs, order)
             segments = None if segments is None else take_steps(segments, order)
         xs = jnp.concatenate([door.shard_like(before, xs), xs], axis=1)
@@ -228,7 +229,7 @@ class Conv:
             ys, count = zero_rows(valid, ys), valid.sum(1, dtype=jnp.int32)
         kept = count[:, None] + jnp.arange(self._reach, dtype=jnp.int32)[None, :]
         carry = take_steps(xs, kept)
-        if segments is not None:
+        if segments is not None and last is not None:
             carry = zero_rows(take_steps(segments, kept) == last[:, None], carry)
         return ys, ConvCarry(carry)
 

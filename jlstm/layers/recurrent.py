@@ -38,7 +38,7 @@ def check_cell_field(where: str, value: Any) -> None:
     if not is_cell(value) or is_layer(value):
         what = "the layer " if is_layer(value) else ""
         hint = "; give the cell itself, such as LSTM(256)" if is_layer(value) else ""
-        raise TypeError(f"{where} must be a cell, got {what}{value!r}{hint}")
+        raise TypeError(f"{where}: must be a cell, got {what}{value!r}{hint}")
 
 
 def check_layer_field(where: str, value: Any) -> None:
@@ -51,9 +51,9 @@ def check_layer_field(where: str, value: Any) -> None:
         return
     if is_cell(value):
         raise TypeError(
-            f"{where} must be a layer, got the cell {value!r}; wrap it: RNN({value!r})"
+            f"{where}: must be a layer, got the cell {value!r}; wrap it: RNN({value!r})"
         )
-    raise TypeError(f"{where} must be a layer, got {value!r}")
+    raise TypeError(f"{where}: must be a layer, got {value!r}")
 
 
 @dataclasses.dataclass
@@ -407,9 +407,9 @@ def bidirectional(
     References:
       Schuster & Paliwal, 1997; Graves & Schmidhuber, 2005.
     """
-    check_cell_field("bidirectional: cell", cell)
+    check_cell_field("bidirectional.cell", cell)
     if backward is not None:
-        check_cell_field("bidirectional: backward", backward)
+        check_cell_field("bidirectional.backward", backward)
     options: dict[str, Any] = {"implementation": implementation, "policy": policy}
     return Bidirectional(
         RNN(cell, **options),

@@ -33,8 +33,14 @@ class Summary:
     rows: tuple[SummaryRow, ...]
 
     def __str__(self) -> str:
-        head = ("layer", "output", "params", "carry bytes", "implementation")
-        table = [head]
+        head = (
+            "layer",
+            "output",
+            "params",
+            "carry bytes",
+            "implementation",
+        )
+        table: list[tuple[str, ...]] = [head]
         for row in self.rows:
             indent = "  " * (len(row.path) - 1)
             name = f"{row.path[-1]}: " if row.path[-1] else ""

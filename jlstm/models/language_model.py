@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from jlstm.cells import affine
@@ -74,6 +75,10 @@ class LanguageModel:
         init = Normal(self.embed_size**-0.5)
         return Embed(self.vocab_size, self.embed_size, table_init=init)
 
+    def check(self, xs: Array) -> None:
+        """Refuses concrete ids outside the vocabulary."""
+        self._embed.check(xs)
+
     def init(self, key: Array, xs: Array) -> LanguageModelParams:
         """Makes params for tokens like ``xs [B, T]``."""
         keys = jax.random.split(key, 3)
@@ -87,8 +92,11 @@ class LanguageModel:
                 f"{self.embed_size} features, got {ys.shape[-1]}; put "
                 f"Dense({self.embed_size}) after it"
             )
-        head = Dense(self.vocab_size).init(keys[2], ys)
-        return LanguageModelParams(embed, body, None if self.tied else head.w, head.b)
+        w = None
+        if not self.tied:
+            w = Dense(self.vocab_size).init(keys[2], ys).w
+        b = jnp.zeros((self.vocab_size,), embed.table.dtype)
+        return LanguageModelParams(embed, body, w, b)
 
     def init_carry(
         self, params: LanguageModelParams, batch_shape: tuple[int, ...]
