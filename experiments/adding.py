@@ -155,8 +155,10 @@ def plot(config: Config, workdir: train.Workdir, floor: float) -> None:
 
 def main(config: Config) -> dict:
     """Trains both nets at each length."""
-    if min(config.lengths) < 2:
-        raise ValueError(f"adding: lengths must be at least 2, got {config.lengths}")
+    if config.data is not None:
+        raise ValueError("adding: takes no --data; its sequences are drawn")
+    if not config.lengths or min(config.lengths) < 3:
+        raise ValueError(f"adding: lengths must be at least 3, got {config.lengths}")
     workdir = train.Workdir(config, experiment="adding")
     print(train.describe(config))
     errors = {

@@ -98,12 +98,11 @@ def make_models(config: Config, num_symbols: int) -> dict[str, jlstm.Tagger]:
         return jlstm.Tagger(jlstm.stack(embed, layer), len(data.TOKEN_CLASSES))
 
     both = tagger(jlstm.bidirectional(jlstm.LSTM(config.hidden_size)))
+    wanted = count(both)
     sizes = range(config.hidden_size, 2 * config.hidden_size + 1)
     forward = (tagger(jlstm.RNN(jlstm.LSTM(size))) for size in sizes)
-    return {
-        "BiLSTM": both,
-        "LSTM": min(forward, key=lambda model: abs(count(model) - count(both))),
-    }
+    nearest = min(forward, key=lambda model: abs(count(model) - wanted))
+    return {"BiLSTM": both, "LSTM": nearest}
 
 
 def fit_one(
@@ -224,7 +223,7 @@ def excerpt(files: list[tuple[str, str]], length: int) -> str:
                 best = text
         except ValueError:
             continue  # it ends within a string
-    return best or files[0][1][:length]
+    return best or files[0][1]
 
 
 def main(config: Config) -> dict:
@@ -250,11 +249,11 @@ def main(config: Config) -> dict:
     models = make_models(config, len(vocabulary))
     results, labels = {}, {}
     shown = excerpt(split[2], 1_500)
+    truth = data.python_token_classes(shown)
     for name, model in models.items():
         params, results[name] = fit_one(config, workdir, name, model, parts)
         logits, _ = model.apply(params, jnp.asarray(vocabulary.encode(shown))[None])
         labels[name] = np.asarray(logits[0].argmax(-1))
-    truth = data.python_token_classes(shown)
     render(workdir.plots / "highlighted.png", shown, labels, truth)
 
     both, forward = results["BiLSTM"], results["LSTM"]

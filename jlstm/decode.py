@@ -60,6 +60,7 @@ def generate(
     References:
       Holtzman et al., 2020 (nucleus sampling).
     """
+    (lengths,) = door.as_arrays(lengths)
     if not is_causal(model):
         raise ValueError(f"generate: needs a causal model, got {model!r}")
     if prompt.ndim != 2 or prompt.shape[1] == 0:
@@ -80,7 +81,7 @@ def generate(
         raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
-    options = (temperature, top_k, top_p)
+    options = (float(temperature), top_k, top_p)
     return _generate(model, num_steps, options, params, prompt, lengths, key)
 
 

@@ -102,6 +102,11 @@ def unroll(
       (True, True)
     """
     check_hashable(cell, "unroll")
+    if hasattr(cell, "apply"):
+        raise error(
+            "unroll", f"needs a cell, got the layer {cell!r}; call its apply instead"
+        )
+    lengths, mask, resets = as_arrays(lengths, mask, resets)
     _check_xs(cell, xs)
     mask = valid_steps(xs, lengths=lengths, mask=mask, resets=resets, where="unroll")
     _check_carry(cell, params, carry, jax.tree.leaves(xs)[0].shape[0])
@@ -201,7 +206,7 @@ def _fit(cell: Cell, params: PyTree, xs: PyTree, *carries: PyTree) -> list[PyTre
             f"{cell!r} cannot take a step on x {shapes(xs, drop=1)} with these params "
             f"and carry {shapes(fresh)}: {reason}",
         ) from problem
-    _check_like("unroll: the carry that step returned", out, fresh)
+    _check_like("the carry that step returned", out, fresh)
 
     def fit(leaf: Array, like: Any) -> Array:
         leaf = leaf.astype(like.dtype)
@@ -269,6 +274,21 @@ def value_range(x: Any) -> tuple[int, int]:
     return int(values.min()), int(values.max())
 
 
+def as_arrays(*flags: Any) -> tuple[Any, ...]:
+    """Makes arrays of lists, and int32 of other integers; keeps ``None``."""
+
+    def convert(value: Any) -> Any:
+        if value is None:
+            return None
+        value = value if isinstance(value, jax.Array) else np.asarray(value)
+        # Narrow integers cannot count the steps of a long sequence.
+        if jnp.issubdtype(value.dtype, jnp.integer):
+            return value.astype(jnp.int32)
+        return value
+
+    return tuple(convert(value) for value in flags)
+
+
 def batch_and_time(xs: PyTree, where: str) -> tuple[int, int]:
     """Returns ``(B, T)`` of a tree of ``[B, T, ...]``.
 
@@ -330,6 +350,7 @@ def valid_steps(
       [[True, True, False]]
     """
     shape = batch, time = batch_and_time(xs, where)
+    lengths, mask, resets = as_arrays(lengths, mask, resets)
     for name, flags in (("mask", mask), ("resets", resets)):
         if flags is not None and (flags.shape != shape or flags.dtype != bool):
             raise error(
@@ -341,42 +362,40 @@ def valid_steps(
         return shard_like(mask, xs)
     if mask is not None:
         raise error(where, "give lengths or mask, not both; got both")
-    given: Any = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
-    if given.shape != (batch,) or not jnp.issubdtype(given.dtype, jnp.integer):
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise error(
             where,
             f"lengths must be [B]=[{batch}] integers, got "
-            f"{list(given.shape)} {given.dtype}",
+            f"{list(lengths.shape)} {lengths.dtype}",
         )
-    if is_concrete(given) and batch:
-        low, high = value_range(given)
+    if is_concrete(lengths) and batch:
+        low, high = value_range(lengths)
         if low < 0 or high > time:
             raise error(
                 where,
                 f"lengths must lie in 0..T={time}, got values from {low} to {high}",
             )
-    steps = jnp.arange(time, dtype=given.dtype)
-    return shard_like(steps[None, :] < given[:, None], xs)
+    steps = jnp.arange(time, dtype=lengths.dtype)
+    return shard_like(steps[None, :] < lengths[:, None], xs)
 
 
 def _check_carry(cell: Cell, params: PyTree, carry: PyTree, batch: int) -> None:
     if carry is None:
         return
     fresh = jax.eval_shape(lambda p: cell.init_carry(p, (batch,)), params)
-    _check_like("unroll: carry", carry, fresh)
+    _check_like("carry", carry, fresh)
 
 
-def _check_like(what: str, tree: PyTree, like: PyTree) -> None:
-    where, _, name = what.partition(": ")
+def _check_like(name: str, tree: PyTree, like: PyTree) -> None:
     got, expected = jax.tree.structure(tree), jax.tree.structure(like)
     if got != expected:
-        raise error(where, f"{name} must have the structure {expected}, got {got}")
+        raise error("unroll", f"{name} must have the structure {expected}, got {got}")
     pairs = zip(jax.tree.leaves_with_path(like), jax.tree.leaves(tree), strict=True)
     for (path, a), b in pairs:
         if a.shape != jnp.shape(b):
             leaf = name + jax.tree_util.keystr(path)
             raise error(
-                where, f"{leaf} must be {list(a.shape)}, got {list(jnp.shape(b))}"
+                "unroll", f"{leaf} must be {list(a.shape)}, got {list(jnp.shape(b))}"
             )
 
 
@@ -409,6 +428,10 @@ def explain(cell: Cell, *, implementation: str | None = None) -> Explanation:
       scan runs
       fused does not: scan comes first
     """
+    if hasattr(cell, "apply"):
+        raise error(
+            "explain", f"needs a cell, got the layer {cell!r}; see summary for layers"
+        )
     chosen = choose(cell, implementation)
     others = []
     for name, kernel in IMPLEMENTATIONS.items():

@@ -8,6 +8,7 @@ difference is a mistake and not rounding.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,8 +22,18 @@ import numpy as np
 from jlstm.cells import prepare
 from jlstm.door import unroll
 from jlstm.kernels import IMPLEMENTATIONS
-from jlstm.layers.compose import is_causal, retime
-from jlstm.types import Array, Cell, Layer, PyTree, gated, is_inexact, where_rows
+from jlstm.layers.compose import is_causal, retime, stack
+from jlstm.types import (
+    Array,
+    Cell,
+    Layer,
+    PyTree,
+    gated,
+    is_inexact,
+    join,
+    smooth_leaves,
+    where_rows,
+)
 
 BATCH, TIME = 3, 6
 TOLERANCE = 1e-9
@@ -84,6 +95,7 @@ def check_cell(
         case = _cell_case(cell, x, params)
         _check_config(cell)
         _check_step(cell, case)
+        fresh = cell.init_carry(case.params, (BATCH,))
         results = []
         for name in implementations:
             run = _Runner(partial(unroll, cell, implementation=name), name)
@@ -98,7 +110,11 @@ def check_cell(
             _check_resets(cell, case, run, cell.init_carry, reverse=True)
             _check_vmap(cell, case, run)
             _check_traces(
-                cell, case, lambda c, n=name: partial(unroll, c, implementation=n)
+                cell,
+                lambda traces: _CountedCell(copy_of(cell), traces),
+                lambda c, name=name: partial(unroll, c, implementation=name),
+                (case.params, case.xs),
+                run(case.but(carry=fresh))["ys"],
             )
             if smooth:
                 _check_derivatives(cell, case, run)
@@ -143,8 +159,7 @@ def check_layer(
     """
     with jax.enable_x64(True):
         case = _layer_case(layer, xs, params)
-        if dataclasses.is_dataclass(layer):
-            _check_config(layer)
+        _check_config(layer)
         run = _Runner(layer.apply, takes_resets=resets)
         _check_lengths(layer, case, run)
         _check_padding(layer, case, run)
@@ -153,7 +168,14 @@ def check_layer(
         if resets:
             _check_layer_resets(layer, case, run)
         _check_vmap(layer, case, run)
-        _check_traces(layer, case, lambda m: m.apply)
+        # A stack is what compiles itself.
+        _check_traces(
+            stack(layer),
+            lambda traces: stack(_CountedLayer(copy_of(layer), traces)),
+            lambda s: s.apply,
+            ((case.params,), case.xs, (case.carry,)),
+            run(case)["ys"],
+        )
         if smooth:
             _check_derivatives(layer, case, run)
 
@@ -234,31 +256,17 @@ def _layer_case(layer: Layer, xs: PyTree, params: PyTree) -> _Case:
 Program = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
-def _smooth(tree: PyTree) -> PyTree:
-    """Keeps the differentiable leaves; puts None in the place of others."""
-    return jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)
-
-
-def _join(smooth: PyTree, whole: PyTree) -> PyTree:
-    """Puts back what ``_smooth`` left out."""
-
-    def pick(a: Any, b: Any) -> Any:
-        return b if a is None else a
-
-    return jax.tree.map(pick, smooth, whole, is_leaf=lambda x: x is None)
-
-
 def _projected(
     program: Program, case: _Case, end: Any, smooth: PyTree
 ) -> tuple[Array, PyTree]:
     """Projects outputs on random directions, the final carry's scaled by ``end``."""
-    out = program(*_join(smooth, (case.params, case.xs, case.carry)))
-    ys, carry = _dot(_directions(out), _smooth(out))
+    out = program(*join(smooth, (case.params, case.xs, case.carry)))
+    ys, carry = _dot(_directions(out), smooth_leaves(out))
     return ys + carry * end, out
 
 
 def _directions(out: tuple[PyTree, PyTree]) -> PyTree:
-    return _smooth(random_like(out, seed=7))
+    return smooth_leaves(random_like(out, seed=7))
 
 
 def _dot(a: tuple, b: tuple) -> tuple[Array, ...]:
@@ -292,7 +300,7 @@ class _Runner:
         program = partial(self.call, **flags, **dict(options))
         loss = partial(_projected, program, _Case(*case), end)
         (value, (ys, carry)), grads = jax.value_and_grad(loss, has_aux=True)(
-            _smooth(case)
+            smooth_leaves(case)
         )
         grads = dict(zip(("d_params", "d_xs", "d_carry"), grads, strict=True))
         return {"ys": ys, "carry": carry, "loss": value, **grads}
@@ -421,7 +429,7 @@ def _check_resets(
     old, new = (~before, before) if options.get("reverse") else (before, ~before)
 
     fresh, to_params = jax.vjp(
-        lambda p: _smooth(init_carry(p, (BATCH,))), _smooth(case.params)
+        lambda p: smooth_leaves(init_carry(p, (BATCH,))), smooth_leaves(case.params)
     )
     fresh = init_carry(case.params, (BATCH,))
     with law("resets equal separate sequences", subject, run):
@@ -462,13 +470,13 @@ def _check_derivatives(subject: Any, case: _Case, run: _Runner) -> None:
     flags = {"mask": holes()}
     if run.takes_resets:
         flags["resets"] = jnp.zeros((BATCH, TIME), bool).at[:, 4].set(True)
-    along, across = (random_like(_smooth(parts), seed, 0.1) for seed in (4, 5))
+    along, across = (random_like(smooth_leaves(parts), seed, 0.1) for seed in (4, 5))
     epsilon = 1e-5
 
     def at(step: float) -> dict[str, PyTree]:
-        shifted = jax.tree.map(lambda p, d: p + step * d, _smooth(parts), along)
+        shifted = jax.tree.map(lambda p, d: p + step * d, smooth_leaves(parts), along)
         return run(
-            _Case(*_join(shifted, parts)),
+            _Case(*join(shifted, parts)),
             mask=flags["mask"],
             resets=flags.get("resets"),
         )
@@ -484,43 +492,70 @@ def _check_derivatives(subject: Any, case: _Case, run: _Runner) -> None:
         close(slope(here, along), difference)
 
     def slope_at(smooth: PyTree) -> Array:
-        return slope(run.run(_join(smooth, parts), flags, jnp.float64(1.0)), across)
+        return slope(run.run(join(smooth, parts), flags, jnp.float64(1.0)), across)
 
     with law("gradients of gradients equal finite differences", subject, run):
         difference = (slope(high, across) - slope(low, across)) / (2 * epsilon)
-        second = jax.jit(jax.grad(slope_at))(_smooth(parts))
+        second = jax.jit(jax.grad(slope_at))(smooth_leaves(parts))
         close(sum(_dot(second, along), jnp.zeros(())), difference)
 
 
 def _check_config(subject: Any) -> None:
     with law("a config is hashable and equal by value", subject):
-        copy = dataclasses.replace(subject)
-        assert copy == subject, "a copy differs"
-        assert hash(copy) == hash(subject), "a copy has another hash"
+        again = copy_of(subject)
+        assert again == subject, "a copy differs"
+        assert hash(again) == hash(subject), "a copy has another hash"
 
 
-def _check_traces(subject: Any, case: _Case, make_call: Callable[[Any], Any]) -> None:
-    count = [0]
+def copy_of(config: Any) -> Any:
+    """A config made again from its fields, or the same object if it has none."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return dataclasses.replace(config)
+    return copy.copy(config)
 
-    @dataclasses.dataclass(frozen=True)
-    class Counting:
-        """The subject, counting how often it is traced; equal by value."""
 
-        subject: Any
+@dataclasses.dataclass(frozen=True)
+class _CountedCell:
+    """A cell that counts how often it is traced; equal by value."""
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(object.__getattribute__(self, "subject"), name)
+    subject: Any
+    traces: list[int] = dataclasses.field(compare=False)
 
-        def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> PyTree:
-            count[0] += 1
-            return self.subject.init_carry(params, batch_shape)
+    def init(self, key: Array, x: PyTree) -> PyTree:
+        return self.subject.init(key, x)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "subject"), name)
+
+    def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> PyTree:
+        self.traces.append(1)
+        return self.subject.init_carry(params, batch_shape)
+
+
+class _CountedLayer(_CountedCell):
+    """A layer that counts how often it is traced."""
+
+    def apply(self, *args: Any, **masking: Any) -> tuple[PyTree, PyTree]:
+        self.traces.append(1)
+        return self.subject.apply(*args, **masking)
+
+
+def _check_traces(
+    subject: Any,
+    counted: Callable[[list[int]], Any],
+    make_call: Callable[[Any], Callable[..., Any]],
+    args: tuple,
+    compiled: PyTree,
+) -> None:
+    """Two calls with equal configs trace once; the second config is a copy."""
     with law("jit equals eager, and equal configs share a trace", subject):
-        eager = make_call(Counting(subject))(case.params, case.xs)
-        traced = count[0]
-        make_call(Counting(subject))(case.params, case.xs)
-        assert count[0] == traced, f"traced {count[0]} times, expected {traced}"
-        _assert_close(jax.jit(make_call(subject))(case.params, case.xs), eager)
+        traces: list[int] = []
+        eager = make_call(counted(traces))(*args)
+        once = len(traces)
+        assert once, "it was not traced at all"
+        make_call(counted(traces))(*args)
+        assert len(traces) == once, f"traced {len(traces)} times, expected {once}"
+        _assert_close(eager[0], compiled)
 
 
 # The laws of a cell alone.
@@ -579,10 +614,10 @@ def _check_lengths(layer: Layer, case: _Case, run: _Runner) -> None:
         full = run(case)
         _assert_close((ys, carry), (full["ys"], full["carry"]))
     with law("outputs are zero where retime says that they are not valid", layer):
-        after, _, _ = retime(layer, lengths, None, None)
+        after = jnp.asarray(retime(layer, lengths, None, None)[0])
         _, mask, _ = retime(layer, None, right_padding(), None)
         time = jax.tree.leaves(by_mask["ys"])[0].shape[1]
-        valid = jnp.arange(time)[None, :] < after[:, None]  # type: ignore[index]
+        valid = jnp.arange(time, dtype=after.dtype)[None, :] < after[:, None]
         _assert_close(mask, valid)
         _assert_close(fill(by_mask["ys"], valid, 0.0), by_mask["ys"])
 

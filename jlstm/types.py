@@ -149,6 +149,20 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
+def smooth_leaves(tree: PyTree) -> PyTree:
+    """Keeps the differentiable leaves; puts ``None``, an empty subtree, for others."""
+    return jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)
+
+
+def join(tree: PyTree, others: PyTree) -> PyTree:
+    """Puts leaves of another tree where the first has ``None``."""
+
+    def pick(a: Any, b: Any) -> Any:
+        return b if a is None else a
+
+    return jax.tree.map(pick, tree, others, is_leaf=lambda leaf: leaf is None)
+
+
 def common_dtype(*dtypes: Any) -> Any:
     """The dtype that dtypes promote to, also where implicit promotion is refused."""
     with jax.numpy_dtype_promotion("standard"):
@@ -232,9 +246,11 @@ class Policy:
 
     Attributes:
       param: in which params are made and stored.
-      compute: in which inputs and weights are multiplied, and outputs leave.
+      compute: in which inputs and weights are multiplied, and outputs leave; without
+        it, outputs leave as the gates give them.
       carry: in which the carry is kept between steps.
-      accumulate: in which pre-activations reach the gates.
+      accumulate: in which pre-activations reach the gates; ``carry`` if ``None``, else
+        ``compute``.
 
     Example:
       >>> policy = jlstm.Policy(compute=jnp.bfloat16, carry=jnp.float32)

@@ -303,7 +303,7 @@ MISTAKES = {
     "wrong carry of a convolution": Mistake(
         lambda: CONV.apply(CONV_PARAMS, XS, loose(CONV.init_carry(CONV_PARAMS, (3,)))),
         ValueError,
-        "Conv: carry.xs must be [2, 2, 3], got [3, 2, 3]",
+        "Conv: carry must be a ConvCarry with xs [2, 2, 3], got [3, 2, 3]",
     ),
     "a causal stride": Mistake(
         lambda: jlstm.Conv(4, 3, stride=2, padding="CAUSAL"),

@@ -309,3 +309,72 @@ def test_summary_counts_what_is_there():
     lines = str(table).splitlines()
     assert len(lines) == len(table.rows) + 1
     assert lines[0].split()[:3] == ["layer", "output", "params"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int64, np.uint32])
+def test_lengths_of_any_integer_dtype_mask_alike(dtype):
+    xs = np.ones((2, 300, 1), np.float32)
+    mask = jlstm.valid_steps(xs, lengths=jnp_like([10, 100], dtype))
+    assert np.asarray(mask).sum(1).tolist() == [10, 100]
+    layer = jlstm.Conv(2, width=3, padding="VALID")
+    after, _, _ = layer.retime(jnp_like([1, 5], dtype), None, None)
+    assert np.asarray(after).tolist() == [0, 3]
+
+
+def jnp_like(values: Any, dtype: Any) -> Any:
+    """A NumPy array, where the annotations ask for one of JAX's."""
+    return np.array(values, dtype)
+
+
+def test_lengths_and_masks_may_be_lists():
+    layer = jlstm.stack(jlstm.RNN(jlstm.LSTM(2)))
+    xs = jnp.ones((2, 3, 1))
+    params = layer.init(jax.random.key(0), xs)
+    lengths: Any = [3, 1]
+    mask: Any = [[True, True, True], [True, False, False]]
+    ys, _ = layer.apply(params, xs, lengths=lengths)
+    np.testing.assert_array_equal(ys, layer.apply(params, xs, mask=mask)[0])
+
+
+def test_step_refuses_a_classifier_that_reads_both_ways():
+    model = jlstm.Classifier(jlstm.bidirectional(jlstm.LSTM(2)), 2)
+    params = model.init(jax.random.key(0), jnp.ones((1, 2, 3)))
+    with pytest.raises(ValueError, match="step: needs a causal layer"):
+        jlstm.step(model, params, None, jnp.ones((1, 3)))
+
+
+def test_pool_last_refuses_a_residual_whose_directions_end_elsewhere():
+    layer = jlstm.Residual(jlstm.bidirectional(jlstm.LSTM(2)))
+    xs = jnp.ones((1, 3, 4))
+    params = layer.init(jax.random.key(0), xs)
+    with pytest.raises(ValueError, match="Residual: needs a causal layer"):
+        jlstm.pool(layer, params, xs)
+    causal = jlstm.Residual(jlstm.RNN(jlstm.LSTM(4)))
+    params = causal.init(jax.random.key(0), xs)
+    lengths = jnp.array([2])
+    ys, _ = causal.apply(params, xs, lengths=lengths)
+    y, _ = jlstm.pool(causal, params, xs, lengths=lengths)
+    np.testing.assert_array_equal(y, ys[:, 1])
+
+
+@pytest.mark.parametrize("merge", ["sum", "mean", "product"])
+def test_merge_refuses_outputs_of_two_sizes(merge):
+    layer = jlstm.bidirectional(jlstm.LSTM(1), jlstm.LSTM(2), merge=merge)
+    xs = jnp.ones((1, 3, 4))
+    params = layer.init(jax.random.key(0), xs)
+    with pytest.raises(ValueError, match="needs outputs of one shape"):
+        layer.apply(params, xs)
+
+
+def test_params_of_another_config_are_refused():
+    xs, tokens = jnp.ones((1, 3, 4)), jnp.ones((1, 3), jnp.int32)
+    pairs = [
+        (jlstm.RNN(jlstm.LSTM(2)), jlstm.RNN(jlstm.LSTM(3)), xs),
+        (jlstm.Embed(5, 2), jlstm.Embed(6, 2), tokens),
+        (jlstm.LayerNorm(), jlstm.LayerNorm(), xs[..., :1]),
+    ]
+    for made_for, used_by, inputs in pairs:
+        example = xs if inputs is not tokens else tokens
+        params = made_for.init(jax.random.key(0), example)
+        with pytest.raises(ValueError, match=r"\w+: .*, got |cannot take a step"):
+            used_by.apply(params, inputs)

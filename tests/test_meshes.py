@@ -107,8 +107,16 @@ def run_alone(name: str):
 AXES = pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit], ids=str)
 
 
-@AXES
-@pytest.mark.parametrize(("name", "implementation"), WAYS)
+# Explicit axes are what a loop can fail under; with automatic ones a loop is enough.
+@pytest.mark.parametrize(
+    ("name", "implementation", "axis"),
+    [
+        (*way, axis)
+        for way in WAYS
+        for axis in (AxisType.Auto, AxisType.Explicit)
+        if axis == AxisType.Explicit or way[1] != "fused" or way[0] == "tagger"
+    ],
+)
 def test_mesh_equals_one_device(name, implementation, axis):
     alone = run_alone(name)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(axis,))

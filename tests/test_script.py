@@ -93,8 +93,8 @@ def test_run_takes_the_first_preset_and_overrides_fields():
     assert parse("--preset=cpu", "--hidden-size", "3", "--rates", "1", "2") == Config(
         preset="cpu", hidden_size=3, rates=(1.0, 2.0)
     )
-    config = parse("--workdir", "a/b", "--seed", "3", "--resume", "must")
-    assert (config.workdir, config.seed, config.resume) == (Path("a/b"), 3, "must")
+    config = parse("--workdir", "a/b", "--seed", "3")
+    assert (config.workdir, config.seed) == (Path("a/b"), 3)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,6 @@ def test_run_takes_the_first_preset_and_overrides_fields():
         (["--preset"], "expected one argument"),
         (["--hiden-size", "3"], "Unrecognized options: --hiden-size"),
         (["--hidden-size", "q"], "--hidden-size: invalid literal for int"),
-        (["--resume", "perhaps"], "invalid choice 'perhaps'"),
         (["extra"], "Unrecognized options: extra"),
     ],
 )
@@ -209,7 +208,7 @@ def test_workdir_belongs_to_one_config(tmp_path):
     with pytest.raises(ValueError, match=r"experiment='add', .* 'sub'"):
         train.Workdir(config, "sub")
     assert (first.path / "result.json").exists()
-    again = train.Workdir(dataclasses.replace(config, resume="must"), "add")
+    again = train.Workdir(dataclasses.replace(config), "add")
     assert not (again.path / "result.json").exists()
 
 

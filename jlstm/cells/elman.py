@@ -143,6 +143,6 @@ class Elman:
         self, params: ElmanParams, batch_shape: tuple[int, ...]
     ) -> ElmanCarry:
         """Makes the fresh carry, ``[*batch_shape, H]``."""
-        zeros = jnp.zeros((params.w_hh.shape[0],), params.w_hh.dtype)
+        zeros = jnp.zeros((self.hidden_size,), params.w_hh.dtype)
         h0 = zeros if params.h0 is None else params.h0
         return ElmanCarry(jnp.broadcast_to(h0, (*batch_shape, *h0.shape)))

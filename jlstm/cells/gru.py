@@ -207,6 +207,6 @@ class GRU:
 
     def init_carry(self, params: GRUParams, batch_shape: tuple[int, ...]) -> GRUCarry:
         """Makes the fresh carry, ``[*batch_shape, H]``."""
-        zeros = jnp.zeros((params.w_hh.shape[0],), params.w_hh.dtype)
+        zeros = jnp.zeros((self.hidden_size,), params.w_hh.dtype)
         h0 = zeros if params.h0 is None else params.h0
         return GRUCarry(jnp.broadcast_to(h0, (*batch_shape, *h0.shape)))

@@ -152,7 +152,7 @@ class LSTM:
 
     def init_carry(self, params: LSTMParams, batch_shape: tuple[int, ...]) -> LSTMCarry:
         """Makes the fresh carry, ``[*batch_shape, H]`` each."""
-        zeros = jnp.zeros((params.w_hh.shape[0],), params.w_hh.dtype)
+        zeros = jnp.zeros((self.hidden_size,), params.w_hh.dtype)
         shape = (*batch_shape, *zeros.shape)
         leaves = (zeros if leaf is None else leaf for leaf in (params.h0, params.c0))
         return LSTMCarry(*(jnp.broadcast_to(leaf, shape) for leaf in leaves))

@@ -18,8 +18,9 @@ class PrecisionParams(NamedTuple):
 class Precision:
     """Runs a cell under a dtype policy; layers make it from their ``policy``.
 
-    Products are computed in ``policy.compute``. Pre-activations, and the params that
-    gates read, are in ``policy.accumulate`` (else ``policy.carry``, else ``compute``).
+    The products of ``project`` and ``mix`` are computed in ``policy.compute``. What
+    ``update`` reads, pre-activations and params, is in ``policy.accumulate`` (else
+    ``policy.carry``, else ``compute``), and so is a product that it contains.
     A cell without a gated form runs as a whole in ``compute``.
 
     Example:

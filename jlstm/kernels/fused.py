@@ -24,6 +24,8 @@ from jlstm.types import (
     PyTree,
     gated,
     is_inexact,
+    join,
+    smooth_leaves,
     where_rows,
     zero_rows,
 )
@@ -79,20 +81,8 @@ def unroll(
 
 
 def _split(tree: PyTree) -> tuple[PyTree, PyTree]:
-    smooth = jax.tree.map(lambda x: x if is_inexact(x) else None, tree)
-    rest = jax.tree.map(lambda x: None if is_inexact(x) else x, tree)
-    return smooth, rest
-
-
-def _smooth(tree: PyTree) -> PyTree:
-    return _split(tree)[0]
-
-
-def _join(smooth: PyTree, rest: PyTree) -> PyTree:
-    def pick(a: Any, b: Any) -> Any:
-        return b if a is None else a
-
-    return jax.tree.map(pick, smooth, rest, is_leaf=lambda x: x is None)
+    rest = jax.tree.map(lambda leaf: None if is_inexact(leaf) else leaf, tree)
+    return smooth_leaves(tree), rest
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:
@@ -101,7 +91,7 @@ def _add(a: PyTree, b: PyTree) -> PyTree:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(static: Static, smooth: Loop, rest: Loop) -> tuple:
-    return _forward(static, _join(smooth, rest))[0]
+    return _forward(static, join(smooth, rest))[0]
 
 
 def _forward(static: Static, loop: Loop) -> tuple:
@@ -124,25 +114,25 @@ def _forward(static: Static, loop: Loop) -> tuple:
 
 
 def _run_fwd(static: Static, smooth: Loop, rest: Loop) -> tuple:
-    loop = _join(smooth, rest)
+    loop = join(smooth, rest)
     out, (before, zh) = _forward(static, loop)
     return out, (loop, before, zh)
 
 
 def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
     cell, (loop, before, zh) = static.cell, saved
-    dys, dcarry, dcarries = (_smooth(tree) for tree in cotangents)
+    dys, dcarry, dcarries = (smooth_leaves(tree) for tree in cotangents)
     params_smooth, params_rest = _split(loop.params)
 
     # Both parts as functions of smooth arguments, with smooth results. The other
     # leaves of (carry, zx, zh) ride along as `rest`.
     def mix(params: PyTree, carry_zx: PyTree, rest: PyTree) -> PyTree:
-        params = _join(params, params_rest)
-        return _smooth(cell.mix(params, *_join(carry_zx, rest)))
+        params = join(params, params_rest)
+        return smooth_leaves(cell.mix(params, *join(carry_zx, rest)))
 
     def update(params: PyTree, parts: PyTree, rest: PyTree) -> PyTree:
-        params = _join(params, params_rest)
-        return _smooth(cell.update(params, *_join(parts, rest)))
+        params = join(params, params_rest)
+        return smooth_leaves(cell.update(params, *join(parts, rest)))
 
     def body(cotangent: tuple, inputs: tuple) -> tuple:
         dcarry, dfresh = cotangent
@@ -163,7 +153,7 @@ def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
         return (dbefore, dfresh), (dzx, dzh, dout)
 
     parts = (before, loop.zx, zh)
-    zeros = jax.tree.map(jnp.zeros_like, _smooth(loop.fresh))
+    zeros = jax.tree.map(jnp.zeros_like, smooth_leaves(loop.fresh))
     inputs = (parts, loop.mask, loop.resets, dys, dcarries)
     (dcarry, dfresh), (dzx, dzh, douts) = jax.lax.scan(
         body, (dcarry, zeros), inputs, reverse=not static.reverse

@@ -122,14 +122,16 @@ class Stack:
                     f"{name} must have one entry a layer, {len(self.layers)}, got "
                     f"{len(value)}",
                 )
-        given: dict[str, Any] = {
-            name: masking.get(name) for name in ("lengths", "mask", "resets")
-        }
+        names = ("lengths", "mask", "resets")
+        flags = door.as_arrays(*(masking.get(name) for name in names))
+        given: dict[str, Any] = dict(zip(names, flags, strict=True))
         valid = door.valid_steps(xs, **given, where="stack")
-        check_input(self, zero_rows(valid, xs))
+        if hasattr(self.layers[0], "check"):
+            self.check(zero_rows(valid, xs))
+        given["key"] = masking.get("key")
         if rows() is not None:  # a summary needs the layers to run, not a compiled copy
-            return self._run(method, params, xs, carry, masking)
-        return _run_stack(self, method, params, xs, carry, masking)
+            return self._run(method, params, xs, carry, given)
+        return _run_stack(self, method, params, xs, carry, given)
 
     def _run(
         self,
@@ -140,7 +142,7 @@ class Stack:
         options: dict[str, Array | None],
     ) -> tuple[PyTree, tuple[PyTree, ...]]:
         masking: dict[str, Any] = dict(options)
-        key = masking.pop("key", None)
+        key = masking.pop("key")
         carry = (None,) * len(self.layers) if carry is None else carry
         pooled_at = len(self.layers)
         if method == "last":
@@ -231,6 +233,25 @@ class Residual:
     def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> PyTree:
         """Makes the inner layer's fresh carry."""
         return self.layer.init_carry(params, batch_shape)
+
+    def last(
+        self, params: PyTree, xs: PyTree, carry: PyTree = None, **masking: Any
+    ) -> tuple[PyTree, PyTree]:
+        """Takes the output at the last valid step; a causal layer ends there.
+
+        Raises:
+          ValueError: the inner layer is not causal: its directions end elsewhere, where
+            the input that would be added is another one.
+        """
+        if not self.causal:
+            raise door.error(
+                "Residual",
+                f"needs a causal layer for pooling 'last', got {self.layer!r}; pool by "
+                "'mean' or 'max'",
+            )
+        ys, carry = self.apply(params, xs, carry, **masking)
+        masking.pop("key", None)
+        return take_valid(ys, door.valid_steps(xs, **masking)), carry
 
     def apply(
         self,
@@ -326,7 +347,7 @@ def _reduce(ys: PyTree, valid: Array | None, kind: Pooling) -> PyTree:
         if kind == "max" and time:
             # The gradient of a max compares values for equality, which fails (0 / 0)
             # where the compiler computes them twice and rounds them differently.
-            low = jnp.where(flags, leaf, jnp.asarray(-jnp.inf, leaf.dtype))
+            low = jnp.where(flags, leaf, jnp.full_like(leaf, _least(leaf.dtype)))
             highest = jax.lax.argmax(low, 1, jnp.int32)[:, None]
             steps = jax.lax.broadcasted_iota(jnp.int32, leaf.shape, 1)
             flags = flags & (steps == highest)
@@ -338,6 +359,10 @@ def _reduce(ys: PyTree, valid: Array | None, kind: Pooling) -> PyTree:
         return total / divisor.reshape((-1,) + (1,) * (leaf.ndim - 2))
 
     return jax.tree.map(reduce, ys)
+
+
+def _least(dtype: Any) -> Any:
+    return -jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
 
 
 # What a layer may leave out, with what it means to leave it out.
@@ -404,7 +429,7 @@ def step(
       carry: the carry of the step before; ``None`` means the fresh one.
       x: input at this step, ``[B, D]``.
       reset: ``[B]`` booleans; rows that begin anew before this step.
-      key: draws noise; ``None`` is the deterministic form.
+      key: draws noise, another one each step; ``None`` is the deterministic form.
 
     Returns:
       ``(carry, y)``, the order of ``lax.scan``.

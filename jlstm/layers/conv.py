@@ -145,6 +145,7 @@ class Conv:
                 f"{self!r}: cannot honour resets, since its outputs are not one a "
                 "step; use padding 'SAME' or 'CAUSAL' with stride 1"
             )
+        lengths, mask = door.as_arrays(lengths, mask)
         if lengths is not None:
             reach = self._reach if self.padding == "VALID" else 0
             lengths = jnp.maximum((lengths - reach + self.stride - 1) // self.stride, 0)
@@ -175,6 +176,7 @@ class Conv:
                 "Conv",
                 f"xs must be [B, T, D={params.w.shape[1]}], got {list(xs.shape)}",
             )
+        lengths, mask, resets = door.as_arrays(lengths, mask, resets)
         given: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
         valid = door.valid_steps(xs, **given, where="Conv")
         resets = door.shard_like(resets, xs)
@@ -189,13 +191,14 @@ class Conv:
         incoming: Any = (
             self.init_carry(params, xs.shape[:1]) if carry is None else carry
         )
-        before = incoming.xs.astype(dtype)
-        if before.shape != (xs.shape[0], self._reach, xs.shape[-1]):
+        shape = [xs.shape[0], self._reach, xs.shape[-1]]
+        if not isinstance(incoming, ConvCarry) or list(incoming.xs.shape) != shape:
             raise door.error(
                 "Conv",
-                f"carry.xs must be [{xs.shape[0]}, {self._reach}, {xs.shape[-1]}], got "
-                f"{list(before.shape)}",
+                f"carry must be a ConvCarry with xs {shape}, got "
+                f"{door.shapes(incoming)}",
             )
+        before = incoming.xs.astype(dtype)
         return self._stream(params, xs, before, valid, resets, holes=mask is not None)
 
     def _stream(
@@ -246,7 +249,8 @@ class Conv:
         taps = self._taps(xs)
         if segments is not None:
             labels = self._taps(segments)
-            anchor = labels[-1 if self.causal else self._pads[0] // self.dilation]
+            first = self._reach if self.causal else self._pads[0]
+            anchor = segments[:, first : first + labels[0].shape[1]]
             taps = [
                 zero_rows(label == anchor, tap)
                 for label, tap in zip(labels, taps, strict=True)

@@ -139,6 +139,10 @@ class Dense(Pointwise):
 
     def init(self, key: Array, xs: Array) -> DenseParams:
         """Makes params for inputs like ``xs [B, T, D]``."""
+        if len(jax.tree.leaves(xs)) != 1:
+            raise door.error(
+                "Dense", f"xs must be one array [B, T, D], got {door.shapes(xs)}"
+            )
         keys = jax.random.split(key)
         dtype = float_dtype(xs)
         w = self.w_init(keys[0], (xs.shape[-1], self.size), dtype)
@@ -194,6 +198,9 @@ class Embed(Pointwise):
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_size", "size")
+        if self.dtype is not None:
+            # By name: NumPy's dtype of float64 equals None.
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
 
     def init(self, key: Array, xs: Array) -> EmbedParams:
         """Makes the table ``[V, size]``."""
@@ -226,6 +233,13 @@ class Embed(Pointwise):
     def _map(self, params: EmbedParams, xs: Array, key: Array | None) -> Array:
         del key
         self.check(xs)
+        shape = (self.vocab_size, self.size)
+        if params.table.shape != shape:
+            raise door.error(
+                "Embed",
+                f"table must be {list(shape)}, got {list(params.table.shape)}; were "
+                "the params made for another config?",
+            )
         table = jax.lax.stop_gradient(params.table) if self.frozen else params.table
         return look_up(table, xs)
 
@@ -286,6 +300,12 @@ class LayerNorm(Pointwise):
 
     def _map(self, params: LayerNormParams, xs: Array, key: Array | None) -> Array:
         del key
+        sizes = {leaf.shape[0] for leaf in jax.tree.leaves(params)}
+        if sizes - {xs.shape[-1]}:
+            raise door.error(
+                "LayerNorm",
+                f"xs must be [B, T, D={min(sizes)}], got {list(xs.shape)}",
+            )
         # Moments of low-precision inputs need float32.
         wide = common_dtype(xs.dtype, jnp.float32)
         centred = xs.astype(wide) - xs.astype(wide).mean(-1, keepdims=True)

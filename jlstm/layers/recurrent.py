@@ -21,12 +21,18 @@ Merge = Literal["concat", "sum", "mean", "product", "none"]
 
 def is_layer(value: Any) -> bool:
     """Tells whether a value has the methods of a layer."""
-    return hasattr(value, "apply") and hasattr(value, "init_carry")
+    return _has(value, "apply", "init_carry")
+
+
+def _has(value: Any, *methods: str) -> bool:
+    # A class has the methods too, where parentheses were forgotten.
+    is_instance = not isinstance(value, type)
+    return is_instance and all(hasattr(value, method) for method in methods)
 
 
 def is_cell(value: Any) -> bool:
     """Tells whether a value has the methods of a cell."""
-    return hasattr(value, "step") and hasattr(value, "init_carry")
+    return _has(value, "step", "init_carry")
 
 
 def check_cell_field(where: str, value: Any) -> None:
@@ -264,6 +270,11 @@ class Bidirectional:
     causal = False
 
     def __post_init__(self) -> None:
+        if self.forward.reverse or not self.backward.reverse:
+            raise ValueError(
+                f"Bidirectional: forward must run forward and backward in reverse, got "
+                f"{self.forward!r} and {self.backward!r}; use bidirectional(cell)"
+            )
         if self.merge not in get_args(Merge):
             names = ", ".join(repr(name) for name in get_args(Merge))
             raise ValueError(
@@ -338,7 +349,14 @@ class Bidirectional:
         **masking: Any,
     ) -> tuple[PyTree, BidirectionalCarry]:
         keys = (None, None) if key is None else jax.random.split(key)
-        carry = BidirectionalCarry(None, None) if carry is None else carry
+        if carry is None:
+            carry = BidirectionalCarry(None, None)
+        if not isinstance(carry, BidirectionalCarry):
+            raise door.error(
+                "bidirectional",
+                "carry must be a BidirectionalCarry(forward, backward), got a "
+                f"{type(carry).__name__}",
+            )
         outs = []
         for i, name in enumerate(("forward", "backward")):
             parts = (getattr(part, name) for part in (self, params, carry))
@@ -360,15 +378,17 @@ class Bidirectional:
             "mean": lambda a, b: (a + b) / 2,
             "product": jnp.multiply,
         }[self.merge]
-        try:
-            return jax.tree.map(merge, forward, backward)
-        except (TypeError, ValueError):
+        cut = -1 if self.merge == "concat" else None
+        leaves = [jax.tree.leaves(tree) for tree in (forward, backward)]
+        first, second = ([leaf.shape[:cut] for leaf in tree] for tree in leaves)
+        if first != second:
             raise door.error(
                 "bidirectional",
                 f"merge={self.merge!r} needs outputs of one shape, got "
                 f"{door.shapes(forward)} and {door.shapes(backward)}; use "
                 "merge='concat' or 'none'",
-            ) from None
+            )
+        return jax.tree.map(merge, forward, backward)
 
 
 def bidirectional(

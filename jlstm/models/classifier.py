@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import struct
 
-from jlstm.layers import Dense, pool
+from jlstm.layers import Dense, is_causal, pool
 from jlstm.layers.compose import Pooling
 from jlstm.layers.recurrent import check_layer_field
 from jlstm.types import Array, PyTree, check_positive, config
@@ -48,6 +48,11 @@ class Classifier:
     def __post_init__(self) -> None:
         check_layer_field("Classifier.encoder", self.encoder)
         check_positive(self, "num_classes")
+
+    @property
+    def causal(self) -> bool:
+        """Whether the encoder is causal."""
+        return is_causal(self.encoder)
 
     def init(self, key: Array, xs: PyTree) -> ClassifierParams:
         """Makes params for inputs like ``xs [B, T, ...]``."""

@@ -11,7 +11,7 @@ from flax import struct
 from jlstm.cells import affine
 from jlstm.door import valid_steps
 from jlstm.init import Normal
-from jlstm.layers import Dense, Embed, EmbedParams, run_layer
+from jlstm.layers import Dense, Embed, EmbedParams, is_causal, run_layer
 from jlstm.layers.recurrent import check_layer_field
 from jlstm.types import (
     Array,
@@ -63,7 +63,7 @@ class LanguageModel:
     def __post_init__(self) -> None:
         check_layer_field("LanguageModel.body", self.body)
         check_positive(self, "vocab_size", "embed_size")
-        if not getattr(self.body, "causal", True):
+        if not is_causal(self.body):
             raise ValueError(
                 f"LanguageModel.body: must be causal, got {self.body!r}, which sees "
                 "the symbol that it is to predict"

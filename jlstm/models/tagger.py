@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import struct
 
-from jlstm.layers import Dense, run_layer
+from jlstm.layers import Dense, is_causal, run_layer
 from jlstm.layers.compose import retime
 from jlstm.layers.recurrent import check_layer_field
 from jlstm.types import Array, PyTree, check_positive, config
@@ -47,7 +47,7 @@ class Tagger:
     @property
     def causal(self) -> bool:
         """Whether the encoder is causal."""
-        return getattr(self.encoder, "causal", True)
+        return is_causal(self.encoder)
 
     def init(self, key: Array, xs: PyTree) -> TaggerParams:
         """Makes params for inputs like ``xs [B, T, ...]``."""
@@ -59,6 +59,12 @@ class Tagger:
     def init_carry(self, params: TaggerParams, batch_shape: tuple[int, ...]) -> Any:
         """Makes the encoder's fresh carry."""
         return self.encoder.init_carry(params.encoder, batch_shape)
+
+    def retime(
+        self, lengths: Array | None, mask: Array | None, resets: Array | None
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """Retimes as the encoder does."""
+        return retime(self.encoder, lengths, mask, resets)
 
     def apply(
         self,
@@ -76,7 +82,7 @@ class Tagger:
         ys, carry = run_layer(
             "encoder", self.encoder, params.encoder, xs, carry, key=key, **masking
         )
-        lengths, mask, _ = retime(self.encoder, **masking)
+        lengths, mask, _ = self.retime(**masking)
         logits, _ = Dense(self.num_tags).apply(
             params.head, ys, lengths=lengths, mask=mask
         )

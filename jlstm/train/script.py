@@ -37,7 +37,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn, SupportsFloat, TypeVar
+from typing import Any, NoReturn, SupportsFloat, TypeVar
 
 import jax
 import numpy as np
@@ -58,8 +58,6 @@ class Options:
     """Where the data are; without it, data that every machine has."""
     workdir: Path | None = None
     """Folder for configuration, metrics, plots and result; none is kept without it."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """Whether to go on from a checkpoint in the workdir."""
     seed: int = 0
     """Seed of all randomness."""
 
@@ -338,9 +336,9 @@ def _device() -> str:
 
 
 def _identity(config: Options) -> dict[str, Any]:
-    """Returns what tells runs apart: all but where it lies and how it was resumed."""
+    """Returns what tells runs apart: all but where it lies."""
     fields = _jsonable(config)
-    return {k: v for k, v in fields.items() if k not in ("workdir", "resume")}
+    return {k: v for k, v in fields.items() if k != "workdir"}
 
 
 def _jsonable(value: Any) -> Any:
