@@ -11,6 +11,7 @@ input from the seed of the case, so that another run writes equal arrays.
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 from dataclasses import dataclass
 from typing import Any
@@ -108,8 +109,8 @@ def draw(case: Case) -> Arrays:
 
 def run_torch(case: Case, arrays: Arrays) -> Arrays:
     """Computes outputs, final states, and all gradients of their projection."""
-    import torch
-    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+    torch = importlib.import_module("torch")  # which types are checked without
+    rnn = importlib.import_module("torch.nn.utils.rnn")
 
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     options: dict[str, Any] = {
@@ -133,9 +134,11 @@ def run_torch(case: Case, arrays: Arrays) -> Arrays:
         ys, final = module(xs, incoming)
     else:
         lengths = torch.tensor(case.lengths)
-        xs = pack_padded_sequence(xs, lengths, batch_first=True, enforce_sorted=False)
+        xs = rnn.pack_padded_sequence(
+            xs, lengths, batch_first=True, enforce_sorted=False
+        )
         ys, final = module(xs, incoming)
-        ys, _ = pad_packed_sequence(ys, batch_first=True, total_length=case.time)
+        ys, _ = rnn.pad_packed_sequence(ys, batch_first=True, total_length=case.time)
 
     final = final if isinstance(final, tuple) else (final,)
     results: dict[str, Any] = dict(zip(("ys", "h", "c"), (ys, *final), strict=False))
