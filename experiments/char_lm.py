@@ -71,7 +71,7 @@ PRESETS = {
     ),
     "cpu": Config(
         corpus=5_000_000, hidden_size=512, length=100, num_steps=2_200,
-        learning_rate=4e-3, implementation="fused",
+        learning_rate=4e-3,
     ),
     "paper": Config(
         corpus=100_000_000, num_layers=3, hidden_size=512, embed_size=128, dropout=0.2,

@@ -20,6 +20,7 @@ from jlstm.cells import (
     gru_step,
     lstm_step,
     prepare,
+    tanh,
 )
 from jlstm.decode import generate
 from jlstm.door import Explanation, explain, unroll, valid_steps
@@ -122,6 +123,7 @@ __all__ = [
     "stack",
     "step",
     "summary",
+    "tanh",
     "testing",
     "train",
     "unroll",

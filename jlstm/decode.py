@@ -21,7 +21,7 @@ def generate(
     *,
     key: Array | None = None,
     lengths: Array | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Array:
@@ -38,7 +38,7 @@ def generate(
       num_steps: symbols to draw for each row.
       key: draws them; ``None`` takes the most likely symbol each time (greedy).
       lengths: valid symbols of each prompt, at least 1; all of them if ``None``.
-      temperature: :math:`\tau`; below 1 sharpens, above 1 flattens.
+      temperature: :math:`\tau`, 1 if ``None``; below 1 sharpens, above 1 flattens.
       top_k: draws from the k most likely symbols only.
       top_p: draws from the most likely symbols whose probabilities first sum to p
         (nucleus sampling).
@@ -48,7 +48,7 @@ def generate(
 
     Raises:
       ValueError: the model is not causal, the prompt is empty, or an option is out of
-        range.
+        range, or there is no key to draw with.
 
     Example:
       >>> model = jlstm.LanguageModel(jlstm.RNN(jlstm.LSTM(8)), 10, embed_size=4)
@@ -72,16 +72,21 @@ def generate(
     if checkable and door.value_range(lengths)[0] < 1:
         raise ValueError("generate: lengths must be at least 1, got 0")
     check_input(model, zero_rows(valid, prompt))
-    if temperature <= 0:
+    if temperature is not None and temperature <= 0:
         raise ValueError(
             f"generate: temperature must be positive, got {temperature}; for the most "
-            "likely symbols leave out key"
+            "likely symbols leave out key and temperature"
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
-    options = (float(temperature), top_k, top_p)
+    if key is None and (temperature, top_k, top_p) != (None, None, None):
+        raise ValueError(
+            "generate: temperature, top_k and top_p need key=, which draws symbols; "
+            "leave them out for the most likely ones (greedy)"
+        )
+    options = (1.0 if temperature is None else float(temperature), top_k, top_p)
     return _generate(model, num_steps, options, params, prompt, lengths, key)
 
 

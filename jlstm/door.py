@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,7 @@ def unroll(
     key: Array | None = None,
     reverse: bool = False,
     return_carries: bool = False,
+    checkpoint_every: int | Literal["sqrt"] | None = None,
     implementation: str | None = None,
 ) -> tuple[PyTree, ...]:
     r"""Runs a cell over a batch of sequences.
@@ -82,6 +84,9 @@ def unroll(
       reverse: runs from each row's last valid step to the first; outputs stay in the
         order of the inputs.
       return_carries: also returns the carry after each step.
+      checkpoint_every: a gradient stores the carry once in so many steps, and computes
+        the steps between again: less memory for some time. ``"sqrt"`` means the square
+        root of T, the least memory; ``None`` stores every step.
       implementation: ``"fused"`` or ``"scan"``; ``None`` chooses (see :func:`explain`).
 
     Returns:
@@ -110,8 +115,12 @@ def unroll(
     _check_xs(cell, xs)
     mask = valid_steps(xs, lengths=lengths, mask=mask, resets=resets, where="unroll")
     _check_carry(cell, params, carry, jax.tree.leaves(xs)[0].shape[0])
+    name = choose(cell, implementation)
+    check_checkpoint_every(checkpoint_every, "unroll")
+    if checkpoint_every == "sqrt":
+        checkpoint_every = max(1, math.isqrt(jax.tree.leaves(xs)[0].shape[1]))
     return _unroll(
-        Call(cell, choose(cell, implementation), reverse, return_carries),
+        Call(cell, name, reverse, return_carries, checkpoint_every),
         params,
         xs,
         carry,
@@ -129,6 +138,7 @@ class Call:
     implementation: str
     reverse: bool
     return_carries: bool
+    checkpoint_every: int | None
 
 
 @partial(jax.jit, static_argnums=0)
@@ -158,23 +168,18 @@ def _unroll(
     ys, carry, carries = IMPLEMENTATIONS[call.implementation].unroll(
         cell,
         run_params,
-        _time_major(xs),
+        xs,
         carry,
         fresh,
-        mask=_time_major(mask),
-        resets=_time_major(before),
+        mask=mask,
+        resets=before,
         reverse=call.reverse,
         return_carries=call.return_carries,
+        checkpoint_every=call.checkpoint_every,
     )
     if last is not None:
         carry = where_rows(last, fresh, carry)
-    out = (_time_major(ys), carry)
-    return (*out, _time_major(carries)) if call.return_carries else out
-
-
-def _time_major(tree: PyTree) -> PyTree:
-    """Swaps the first two axes, which undoes itself."""
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tree)
+    return (ys, carry, carries) if call.return_carries else (ys, carry)
 
 
 def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
@@ -379,6 +384,20 @@ def valid_steps(
     return shard_like(steps[None, :] < lengths[:, None], xs)
 
 
+def check_checkpoint_every(value: Any, where: str) -> None:
+    """Refuses what :func:`unroll` does not take as ``checkpoint_every``.
+
+    Raises:
+      ValueError: neither a positive integer, nor ``"sqrt"``, nor ``None``.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not whole and value not in ("sqrt", None):
+        raise error(
+            where,
+            f"checkpoint_every must be a positive int, 'sqrt' or None, got {value!r}",
+        )
+
+
 def _check_carry(cell: Cell, params: PyTree, carry: PyTree, batch: int) -> None:
     if carry is None:
         return
@@ -404,16 +423,18 @@ def _check_like(name: str, tree: PyTree, like: PyTree) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which implementation runs, and why the others do not."""
+    """Which implementation runs, and why the others do not.
+
+    Attributes:
+      implementation: the name of the one that runs.
+      others: the names of the others, and whether they can run the cell.
+    """
 
     implementation: str
     others: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.implementation} runs"]
-        return "\n".join(
-            lines + [f"{name} does not: {why}" for name, why in self.others]
-        )
+        return "\n".join([f"{self.implementation} runs", *map(" ".join, self.others)])
 
 
 def explain(cell: Cell, *, implementation: str | None = None) -> Explanation:
@@ -425,8 +446,8 @@ def explain(cell: Cell, *, implementation: str | None = None) -> Explanation:
 
     Example:
       >>> print(jlstm.explain(jlstm.LSTM(8)))
-      scan runs
-      fused does not: scan comes first
+      fused runs
+      scan can: fused comes first
     """
     if hasattr(cell, "apply"):
         raise error(
@@ -436,9 +457,9 @@ def explain(cell: Cell, *, implementation: str | None = None) -> Explanation:
     others = []
     for name, kernel in IMPLEMENTATIONS.items():
         if name != chosen:
-            why = kernel.why_not(cell) or (
-                f"{chosen} was named" if implementation else f"{chosen} comes first"
-            )
+            reason = kernel.why_not(cell)
+            first = f"{chosen} {'was named' if implementation else 'comes first'}"
+            why = f"can: {first}" if reason is None else f"cannot: {reason}"
             others.append((name, why))
     return Explanation(chosen, tuple(others))
 

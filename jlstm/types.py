@@ -209,13 +209,7 @@ def config(cls: type[T]) -> type[T]:
     check = getattr(cls, "__post_init__", None)
 
     def post_init(self: Any) -> None:
-        for field in dataclasses.fields(self):
-            name = getattr(getattr(self, field.name), "__qualname__", "")
-            if "<lambda>" in name or "<locals>" in name:
-                raise ValueError(
-                    f"{cls.__name__}.{field.name}: must be a module-level function or "
-                    f"a frozen dataclass, got {name}; define it at the top of a module"
-                )
+        check_literal(self)
         if check is not None:
             check(self)
 
@@ -233,6 +227,28 @@ def config(cls: type[T]) -> type[T]:
     if "__repr__" not in cls.__dict__:
         cls.__repr__ = written
     return dataclasses.dataclass(frozen=True, repr=False)(cls)
+
+
+def check_literal(config: Any) -> None:
+    """Refuses lambdas and local functions in the fields of a dataclass.
+
+    Each construction makes another one, so that no two configs would be equal, and
+    each would compile anew.
+
+    Raises:
+      ValueError: naming the config and the field.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name, None)
+        name = getattr(value, "__qualname__", "")
+        if "<lambda>" in name or "<locals>" in name:
+            raise ValueError(
+                f"{type(config).__name__}.{field.name}: must be a module-level "
+                f"function or a frozen dataclass, got {name}; define it at the top of "
+                "a module"
+            )
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            check_literal(value)
 
 
 def _literal(value: Any) -> str:

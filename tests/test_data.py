@@ -320,6 +320,7 @@ def test_bucketed_drops_only_what_fills_no_batch():
         ({"max_tokens": 9}, "exactly one of"),
         ({"batch_size": 0}, "must be an integer >= 1, got 0"),
         ({"batch_size": None, "max_tokens": 2}, "max_tokens=2 does not hold"),
+        ({"examples": {"xs": [[1]], "y": [0]}}, r"got one dict, of \['xs', 'y'\]; wr"),
         ({"examples": [{"xs": []}]}, "example 0 has length 0"),
         (
             {"examples": [{"xs": [1]}, {"ys": [1]}]},

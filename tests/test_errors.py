@@ -30,6 +30,8 @@ CONV = jlstm.Conv(4, width=3, padding="CAUSAL")
 CONV_PARAMS = CONV.init(KEY, XS)
 STACK = jlstm.stack(EMBED, jlstm.bidirectional(LSTM))
 BOTH = STACK.init(KEY, TOKENS)
+MODEL = jlstm.LanguageModel(jlstm.RNN(LSTM), 7, 3)
+LENGTHS = jnp.array([5, 2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,13 @@ class Growing(StepOnly):
         return jnp.concatenate([carry, y], axis=-1), y
 
 
+@dataclasses.dataclass(frozen=True)
+class WithActivation(StepOnly):
+    """A cell with a function in a field."""
+
+    activation: Callable[[Any], Any] = jnp.tanh
+
+
 class NotHashable(StepOnly):
     """A cell without a hash, as one that is not frozen."""
 
@@ -76,6 +85,11 @@ class NotHashable(StepOnly):
 def loose(value: Any) -> Any:
     """Hides a wrong type from the type checker."""
     return value
+
+
+def by_place(layer: Any, given: Any, xs: Any = XS) -> Any:
+    """Gives a layer's apply something in the place of the carry."""
+    return layer.apply(layer.init(KEY, xs), xs, given)
 
 
 def unroll(**options: Any) -> Any:
@@ -233,6 +247,101 @@ MISTAKES = {
         ValueError,
         "Elman.activation: must be a module-level function or a frozen ...",
     ),
+    "a lambda in a cell of one's own": Mistake(
+        lambda: jlstm.RNN(WithActivation(4, activation=lambda x: x)),
+        ValueError,
+        "WithActivation.activation: must be a module-level function or a frozen ...",
+    ),
+    "a lambda in a cell inside another": Mistake(
+        lambda: jlstm.bidirectional(
+            jlstm.Precision(WithActivation(4, lambda x: x), jlstm.Policy())
+        ),
+        ValueError,
+        "WithActivation.activation: must be a module-level function or a frozen ...",
+    ),
+    "a lambda in a checked cell": Mistake(
+        lambda: jlstm.testing.check_cell(WithActivation(4, activation=lambda x: x)),
+        ValueError,
+        "WithActivation.activation: must be a module-level function or a frozen ...",
+    ),
+    "a class in the place of a cell": Mistake(
+        lambda: jlstm.RNN(jlstm.LSTM),
+        TypeError,
+        "RNN.cell: must be a cell, got the class LSTM; make one: LSTM(...)",
+    ),
+    "a class in the place of a layer": Mistake(
+        lambda: jlstm.stack(loose(jlstm.Dropout)),
+        TypeError,
+        "stack.layers[0]: must be a layer, got the class Dropout; make one: ...",
+    ),
+    "the name of an activation": Mistake(
+        lambda: jlstm.Dense(4, activation=loose("relu")),
+        TypeError,
+        "Dense.activation: must be a function or None, got 'relu'; give jax.nn.relu",
+    ),
+    "no activation that there is": Mistake(
+        lambda: jlstm.Conv(4, 3, activation=loose("ReLU")),
+        TypeError,
+        "Conv.activation: must be a function or None, got 'ReLU'; give ..., say",
+    ),
+    "the name of a policy": Mistake(
+        lambda: jlstm.RNN(LSTM, policy=loose("bf16")),
+        TypeError,
+        "RNN.policy: must be a Policy or None, got 'bf16'; give jlstm.Policy(...",
+    ),
+    "a key by its place": Mistake(
+        lambda: by_place(jlstm.RNN(LSTM), KEY),
+        ValueError,
+        "RNN: carry must be LSTMCarry [[2, 4], [2, 4]], got an array [] key<fry>; "
+        "give lengths=, mask=, resets= and key= by name",
+    ),
+    "lengths by their place": Mistake(
+        lambda: by_place(jlstm.RNN(StepOnly(4)), LENGTHS),
+        ValueError,
+        "RNN: carry must be an array [2, 4], got an array [2] int32; give ... by name",
+    ),
+    "lengths by their place, of as many rows as layers": Mistake(
+        lambda: by_place(STACK, LENGTHS, TOKENS),
+        ValueError,
+        "stack: carry must be a tuple of one entry a layer, got ...; give ... by name",
+    ),
+    "lengths by their place, in both directions": Mistake(
+        lambda: by_place(jlstm.Classifier(jlstm.bidirectional(LSTM), 2), LENGTHS),
+        ValueError,
+        "encoder.bidirectional: carry must be a Bidirectional...; give ... by name",
+    ),
+    "a key by its place, in a dropout": Mistake(
+        lambda: by_place(jlstm.Dropout(0.5), KEY),
+        ValueError,
+        "Dropout: carry must be () or None, got an array [] key<fry>; give ... by name",
+    ),
+    "a mask by its place, in a convolution": Mistake(
+        lambda: by_place(jlstm.Conv(4, 3), jnp.ones((2, 5), bool)),
+        ValueError,
+        "Conv: carry must be () or None, got an array [2, 5] bool; give ... by name",
+    ),
+    "a step of a cell as of a layer": Mistake(
+        lambda: jlstm.step(loose(LSTM), PARAMS, FRESH, XS[:, 0]),
+        TypeError,
+        "step: must be a layer, got the cell LSTM(4); wrap it: RNN(LSTM(4))",
+    ),
+    "a summary of a cell": Mistake(
+        lambda: jlstm.summary(loose(LSTM), XS),
+        TypeError,
+        "summary: must be a layer, got the cell LSTM(4); wrap it: RNN(LSTM(4))",
+    ),
+    "tokens given to params of vectors": Mistake(
+        lambda: jlstm.RNN(LSTM).apply(PARAMS, TOKENS),
+        ValueError,
+        "RNN: xs of LSTM(4) must be floating, got int32; put Embed(...) before it",
+    ),
+    "a temperature without a key": Mistake(
+        lambda: jlstm.generate(
+            MODEL, MODEL.init(KEY, TOKENS), TOKENS, 3, temperature=1.0
+        ),
+        ValueError,
+        "generate: temperature, top_k and top_p need key=, which draws symbols; ...",
+    ),
     "hidden_size of zero": Mistake(
         lambda: jlstm.LSTM(0),
         ValueError,
@@ -303,7 +412,7 @@ MISTAKES = {
     "wrong carry of a convolution": Mistake(
         lambda: CONV.apply(CONV_PARAMS, XS, loose(CONV.init_carry(CONV_PARAMS, (3,)))),
         ValueError,
-        "Conv: carry must be a ConvCarry with xs [2, 2, 3], got [3, 2, 3]",
+        "Conv: carry must be a ConvCarry with xs [2, 2, 3], got a ConvCarry of ...",
     ),
     "a causal stride": Mistake(
         lambda: jlstm.Conv(4, 3, stride=2, padding="CAUSAL"),
@@ -338,6 +447,11 @@ MISTAKES = {
         lambda: jlstm.Residual(DENSE).apply(DENSE.init(KEY, XS), XS),
         ValueError,
         "Residual: Dense(4) must return the shape of its input, [2, 5, 3], ...",
+    ),
+    "an unknown pooling of a classifier": Mistake(
+        lambda: jlstm.Classifier(jlstm.RNN(LSTM), 2, pooling=loose("avg")),
+        ValueError,
+        "Classifier.pooling: must be one of 'last', ..., got 'avg'",
     ),
     "an unknown pooling": Mistake(
         lambda: jlstm.pool(jlstm.RNN(LSTM), PARAMS, XS, kind=loose("avg")),

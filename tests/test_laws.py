@@ -113,14 +113,6 @@ class Leaky:
         return carry, carry
 
 
-class CarryOfAnotherDtype(Leaky):
-    """Its step returns float32, whatever it was given."""
-
-    def step(self, params, carry, x):
-        carry, y = super().step(params, carry, x)
-        return carry.astype(jnp.float32), y
-
-
 class PartsThatDiffer(Leaky):
     """Its parts decay faster than its step."""
 
@@ -141,20 +133,6 @@ class PeeksAtTheSequence(Leaky):
 
     def prepare(self, params, xs, *, key=None):
         return params, xs + xs.mean(1, keepdims=True)
-
-
-class NanAtZero(Leaky):
-    """Is not finite at x = 0, where padding is."""
-
-    def project(self, params, x):
-        return super().project(params, x) / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
-class CarryWithoutBatch(Leaky):
-    """Its fresh carry forgets the batch."""
-
-    def init_carry(self, params, batch_shape):
-        return jnp.zeros((self.hidden_size,), params["w"].dtype)
 
 
 @jax.custom_jvp
@@ -184,12 +162,9 @@ class UnequalCopies(Leaky):
 
 
 BROKEN_CELLS = {
-    CarryOfAnotherDtype: "a carry of the type it was given",
     PartsThatDiffer: r"step\(p, c, x\) == update",
     MixesRows: "rows are independent|changes nothing|padding",
     PeeksAtTheSequence: "chunks equal the whole|unrolling equals",
-    NanAtZero: "in the padding|in the gradients|gradients are finite",
-    CarryWithoutBatch: "every carry leaf begins with the batch",
     WrongDerivative: "gradients equal finite differences",
     UnequalCopies: "hashable and equal by value",
 }
@@ -213,6 +188,158 @@ def test_law_catches_a_half_defined_gated_form():
 
     with pytest.raises(TypeError, match="project, update without mix; define all"):
         check_cell(Half(2))
+
+
+# Plain mistakes get one line before any law.
+
+
+class CarryOfAnotherDtype(Leaky):
+    """Its step returns float32, whatever it was given."""
+
+    def step(self, params, carry, x):
+        carry, y = super().step(params, carry, x)
+        return carry.astype(jnp.float32), y
+
+
+class OutputOfAnotherDtype(Leaky):
+    """Its step casts y to float32."""
+
+    def step(self, params, carry, x):
+        carry, y = super().step(params, carry, x)
+        return carry, y.astype(jnp.float32)
+
+
+class NanAtZero(Leaky):
+    """Is not finite at x = 0, where padding is."""
+
+    def project(self, params, x):
+        return super().project(params, x) / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class NanGradientAtZero(Leaky):
+    """Its gradient is not finite at x = 0, though its value is."""
+
+    def project(self, params, x):
+        return super().project(params, x) * jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class CarryWithoutBatch(Leaky):
+    """Its fresh carry forgets the batch."""
+
+    def init_carry(self, params, batch_shape):
+        return jnp.zeros((self.hidden_size,), params["w"].dtype)
+
+
+class CarryOfOneBatch(Leaky):
+    """Its fresh carry is made for the batch that its author had."""
+
+    def init_carry(self, params, batch_shape):
+        return jnp.zeros((3, self.hidden_size), params["w"].dtype)
+
+
+class CarryAlone(Leaky):
+    """Its step forgets y."""
+
+    def step(self, params, carry, x):
+        return super().step(params, carry, x)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairAlone:
+    """Its step returns a carry of two parts, which looks like a carry and a y."""
+
+    hidden_size: int
+    init = Leaky.init
+
+    def init_carry(self, params, batch_shape):
+        zeros = jnp.zeros((*batch_shape, self.hidden_size), params["w"].dtype)
+        return jlstm.LSTMCarry(zeros, zeros)
+
+    def step(self, params, carry, x):
+        return jlstm.LSTMCarry(jnp.tanh(x @ params["w"]) + carry.c, carry.c)
+
+
+class ScalarOutput(Leaky):
+    """Its y is one number for the whole batch."""
+
+    def step(self, params, carry, x):
+        carry, y = super().step(params, carry, x)
+        return carry, y.sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class SwapsArguments:
+    """Its step takes x before the carry."""
+
+    hidden_size: int
+    init, init_carry = Leaky.init, Leaky.init_carry
+
+    def step(self, params, x, h):
+        return Leaky(self.hidden_size).step(params, h, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class SwapsUnnamed:
+    """Its step takes its input before its state, by other names."""
+
+    hidden_size: int
+    init, init_carry = Leaky.init, Leaky.init_carry
+
+    def step(self, weights, given, state):
+        return Leaky(self.hidden_size).step(weights, state, given)
+
+
+@dataclasses.dataclass
+class NotFrozen:
+    """A cell without a hash."""
+
+    hidden_size: int
+    init, init_carry, step = Leaky.init, Leaky.init_carry, Leaky.step
+
+
+class WithoutInit:
+    """A cell that forgets ``init``."""
+
+    init_carry, step = Leaky.init_carry, Leaky.step
+
+
+MISTAKEN_CELLS = {
+    "a class": (Leaky, "check_cell: must be a cell, got the class Leaky; make one: "),
+    "a layer": (
+        jlstm.RNN(Leaky(2)),
+        r"check_cell: must be a cell, got the layer RNN\(",
+    ),
+    "no hash": (NotFrozen(2), "check_cell: NotFrozen must be hashable, .* frozen data"),
+    "no init": (WithoutInit(), r"check_cell: .* needs a method init\(key, x\)"),
+    "swapped": (
+        SwapsArguments(2),
+        r"SwapsArguments must define step\(params, carry, x\), got \(params, x, h\)",
+    ),
+    "swapped, unnamed": (
+        SwapsUnnamed(2),
+        r"step\(params, carry, x\) fails on float64\[3, 2\] and float64\[3, 5\], in",
+    ),
+    "carry alone": (CarryAlone(2), r"\(carry, y\), got float64\[3, 2\] alone"),
+    "pair alone": (PairAlone(2), r"\(carry, y\), got LSTMCarry\(.h float.* alone"),
+    "carry's dtype": (
+        CarryOfAnotherDtype(2),
+        r"a carry of the type it was given, float64\[3, 2\], got float32\[3, 2\]",
+    ),
+    "y's dtype": (OutputOfAnotherDtype(2), "promote to, float64, got float32; take"),
+    "scalar y": (ScalarOutput(2), r"y of leaves \[B, ...\] with B=3, got \[\]"),
+    "no batch": (CarryWithoutBatch(2), r"return leaves \[4, ...\], got \[2\]; take"),
+    "one batch": (CarryOfOneBatch(2), r"return leaves \[4, ...\], got \[3, 2\]; take"),
+    "NaN at 0": (NanAtZero(2), "finite at x = 0, because .* in the carry; guard what"),
+    "gradient": (NanGradientAtZero(2), "finite at x = 0, .* in the gradient of x;"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKEN_CELLS)
+def test_mistake_in_a_cell_gets_one_line(name):
+    cell, line = MISTAKEN_CELLS[name]
+    with pytest.raises((TypeError, ValueError), match=line) as caught:
+        check_cell(cell)
+    assert "\n" not in str(caught.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +414,54 @@ class ClaimsNotToBeCausal(Shift):
     """Sees one step, and says that it sees the future."""
 
     causal = False
+
+
+class OutputsAlone(Shift):
+    """Its apply forgets the carry."""
+
+    def apply(self, *args, **masking):
+        return super().apply(*args, **masking)[0]
+
+
+class FlattensTime(Shift):
+    """Gives one number a row."""
+
+    def apply(self, *args, **masking):
+        ys, carry = super().apply(*args, **masking)
+        return ys.sum((1, 2)), carry
+
+
+@dataclasses.dataclass(frozen=True)
+class SwapsCarry:
+    """Its apply takes the carry first."""
+
+    init, init_carry = Shift.init, Shift.init_carry
+
+    def apply(self, params, carry, xs=None, **masking):
+        return Shift().apply(params, xs, carry, **masking)
+
+
+MISTAKEN_LAYERS = {
+    "a class": (Shift, "check_layer: must be a layer, got the class Shift; make one:"),
+    "a cell": (
+        Leaky(2),
+        r"must be a layer, got the cell Leaky\(.* wrap it: RNN\(",
+    ),
+    "outputs alone": (OutputsAlone(), r"\(ys, carry\), got float64\[3, 6, 5\] alone"),
+    "no time": (FlattensTime(), r"ys of leaves \[B, T, ...\] with B=3, got \[3\]"),
+    "swapped": (
+        SwapsCarry(),
+        r"apply\(params, xs, carry\), got \(params, carry, xs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKEN_LAYERS)
+def test_mistake_in_a_layer_gets_one_line(name):
+    layer, line = MISTAKEN_LAYERS[name]
+    with pytest.raises((TypeError, ValueError), match=line) as caught:
+        check_layer(layer)
+    assert "\n" not in str(caught.value)
 
 
 BROKEN_LAYERS = {

@@ -1,7 +1,7 @@
 """One step: a file is one formula."""
 
 from jlstm.cells.elman import Elman, ElmanCarry, ElmanParams, elman_step
-from jlstm.cells.gates import add_vector, affine, gates
+from jlstm.cells.gates import add_vector, affine, gates, tanh
 from jlstm.cells.gru import (
     GRU,
     GRUCarry,
@@ -31,4 +31,5 @@ __all__ = [
     "gru_step",
     "lstm_step",
     "prepare",
+    "tanh",
 ]

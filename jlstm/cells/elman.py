@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine
+from jlstm.cells.gates import affine, tanh
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
 
@@ -47,7 +47,7 @@ def elman_step(
     params: ElmanParams,
     carry: ElmanCarry,
     x: Array,
-    activation: Callable[[Array], Array] = jnp.tanh,
+    activation: Callable[[Array], Array] = tanh,
 ) -> tuple[ElmanCarry, Array]:
     r"""Advances a simple recurrent network by one time step.
 
@@ -84,7 +84,7 @@ class Elman:
 
     Attributes:
       hidden_size: ``H``.
-      activation: ``jnp.tanh``, ``jax.nn.relu``, or any module-level function.
+      activation: ``jlstm.tanh``, ``jax.nn.relu``, or any module-level function.
       double_bias: adds a second bias, as PyTorch has it.
       learned_carry: learns the fresh carry, which starts at zero.
       w_ih_init: initialiser of ``w_ih``.
@@ -100,7 +100,7 @@ class Elman:
     """
 
     hidden_size: int
-    activation: Callable[[Array], Array] = jnp.tanh
+    activation: Callable[[Array], Array] = tanh
     double_bias: bool = False
     learned_carry: bool = False
     w_ih_init: Initializer = initialisers.glorot_uniform

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import add_vector, affine, gates
+from jlstm.cells.gates import add_vector, affine, gates, tanh
 from jlstm.init import per_gate
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
@@ -52,8 +52,8 @@ def gru_update(
     del params
     size = carry.h.shape[-1]
     r, z = gates(zx[..., : 2 * size] + zh[..., : 2 * size], "ss")
-    n = jnp.tanh(zx[..., 2 * size :] + r * zh[..., 2 * size :])
-    h = n + z * (carry.h - n)
+    n = tanh(zx[..., 2 * size :] + r * zh[..., 2 * size :])
+    h = n - z * n + z * carry.h
     return GRUCarry(h), h
 
 
@@ -103,8 +103,8 @@ def gru_reset_before_update(
     r, z = gates(zx[..., : 2 * size] + zh, "ss")
     b = None if params.b_hh is None else params.b_hh[2 * size :]
     n = zx[..., 2 * size :] + affine(r * carry.h, params.w_hh[:, 2 * size :], b)
-    n = jnp.tanh(n)
-    h = n + z * (carry.h - n)
+    n = tanh(n)
+    h = n - z * n + z * carry.h
     return GRUCarry(h), h
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine, gates
+from jlstm.cells.gates import affine, gates, tanh
 from jlstm.init import Chrono, per_gate
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
@@ -52,7 +52,7 @@ def lstm_update(
     del params
     i, f, g, o = gates(zx + zh, "ssts")
     c = f * carry.c + i * g
-    h = o * jnp.tanh(c)
+    h = o * tanh(c)
     return LSTMCarry(h, c), h
 
 

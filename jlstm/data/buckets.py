@@ -62,8 +62,9 @@ def bucketed(
       ``[B, ...]`` for scalars and static fields, with ``lengths [B]``.
 
     Raises:
-      ValueError: an empty example, fields that differ in length, one longer than
-        ``max_tokens``, or not exactly one of ``batch_size`` and ``max_tokens``.
+      ValueError: a dict of arrays in the place of examples, an empty example, fields
+        that differ in length, one longer than ``max_tokens``, or not exactly one of
+        ``batch_size`` and ``max_tokens``.
       ImportError: without grain.
 
     Example:
@@ -75,6 +76,12 @@ def bucketed(
     """
     where = "bucketed"
     check_seed(where, seed)
+    if isinstance(examples, Mapping):
+        raise ValueError(
+            f"{where}: examples must be a sequence of dicts, got one "
+            f"{type(examples).__name__}, of {sorted(map(str, examples))}; write "
+            "[{name: value, ...}, ...], or batches(...) for arrays of one length"
+        )
     if (batch_size is None) == (max_tokens is None):
         raise ValueError(f"{where}: give exactly one of batch_size and max_tokens")
     check_positive(where, **{"batch_size": batch_size or max_tokens or 0})

@@ -8,6 +8,6 @@ cannot run a cell, or ``None``.
 from jlstm.kernels import fused, scan
 
 # In the order in which they are chosen where none is named.
-IMPLEMENTATIONS = {"scan": scan, "fused": fused}
+IMPLEMENTATIONS = {"fused": fused, "scan": scan}
 
 __all__ = ["IMPLEMENTATIONS"]

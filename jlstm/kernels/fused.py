@@ -1,27 +1,38 @@
 r"""The gated loop: one ``custom_vjp`` for every cell in gated form.
 
-With :math:`u_t = \mathrm{update}(\theta, s_{t-1}, z^x_t, z^h_t)` and
-:math:`z^h_t = \mathrm{mix}(\theta, s_{t-1}, z^x_t)`, the reverse loop carries only the
-cotangent of the carry :math:`s` and writes the cotangents of :math:`z^x` and
-:math:`z^h` to a buffer. What it leaves out of the loop is computed for all T at once:
-``project`` and its gradients by plain autodiff, and the gradients of the params in
-``mix`` and ``update`` by one VJP of each, vmapped over time, which XLA sees as large
-matrix products.
+With :math:`z^x_t = \mathrm{project}(\theta, x_t)`,
+:math:`z^h_t = \mathrm{mix}(\theta, s_{t-1}, z^x_t)` and
+:math:`s_t, y_t = \mathrm{update}(\theta, s_{t-1}, z^x_t, z^h_t)`, the reverse loop
+carries only the cotangent of the carry :math:`s` and writes the cotangents of
+:math:`z^x` and :math:`z^h`. The gradients of the params come from one VJP over the
+steps of a block, taken as one batch, which XLA sees as large matrix products.
+
+The sequence runs in blocks of steps, so that what a block makes stays in the cache. The
+forward loop stores what the VJP of ``update`` holds; or, to save memory, only the carry
+before each block, and the reverse loop runs the block once more. For a policy of a
+``jax.checkpoint`` around the call, :math:`z^x` and these carries have the names
+``jlstm_zx`` and ``jlstm_carry``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec
 
+from jlstm.kernels import scan
+from jlstm.kernels.blocks import Segment, near_divisor, segments, time_major
 from jlstm.types import (
     PARTS,
     Array,
     Cell,
     PyTree,
+    common_dtype,
     gated,
     is_inexact,
     join,
@@ -29,6 +40,10 @@ from jlstm.types import (
     where_rows,
     zero_rows,
 )
+
+# A block has about so many rows (steps times batch), which stay in a core's cache; but
+# of large batches so many steps, since a block has a price of its own.
+ROWS, STEPS = 512, 8
 
 
 def why_not(cell: Cell) -> str | None:
@@ -38,23 +53,31 @@ def why_not(cell: Cell) -> str | None:
     return f"{cell!r} has no gated form ({', '.join(PARTS)})"
 
 
-class Static(NamedTuple):
-    """What is known when the loop is traced."""
+class Steps(NamedTuple):
+    """What the loop reads at each step: ``[B, T, ...]``, in a block ``[T, B, ...]``."""
 
-    cell: Any
-    reverse: bool
-    return_carries: bool
+    xs: PyTree
+    mask: Array | None
+    resets: Array | None
 
 
 class Loop(NamedTuple):
     """The arguments of the loop, as one pytree."""
 
     params: PyTree
-    zx: PyTree  # [T, B, ...]
     carry: PyTree  # [B, ...]
     fresh: PyTree  # [B, ...]
-    mask: Array | None  # [T, B]
-    resets: Array | None  # [T, B]
+    steps: Steps
+
+
+class Static(NamedTuple):
+    """What is known when the loop is traced."""
+
+    cell: Any
+    layout: Layout
+    reverse: bool
+    return_carries: bool
+    checkpoint_every: int | None
 
 
 def unroll(
@@ -68,14 +91,25 @@ def unroll(
     resets: Array | None = None,
     reverse: bool = False,
     return_carries: bool = False,
+    checkpoint_every: int | None = None,
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Runs a gated cell over a sequence; see :func:`jlstm.kernels.scan.unroll`."""
-    zx = jax.vmap(cell.project, in_axes=(None, 0))(params, xs)  # type: ignore
-    loop = Loop(params, zx, carry, fresh, mask, resets)
-    return _run(Static(cell, reverse, return_carries), *_split(loop))
+    loop = Loop(params, carry, fresh, Steps(xs, mask, resets))
+    if not _shape(loop)[0]:
+        return scan.unroll(
+            cell, params, xs, carry, fresh, return_carries=return_carries
+        )
+    layout = _layout(cell, loop)
+    static = Static(cell, layout, reverse, return_carries, checkpoint_every)
+    return _run(static, *_split(loop))
 
 
-# Integers (a step counter in the carry, token ids in zx) have no cotangent. A tree is
+def _shape(loop: Loop) -> tuple[int, int]:
+    batch, time = jax.tree.leaves(loop.steps.xs)[0].shape[:2]
+    return time, batch
+
+
+# Integers (a step counter in the carry, token ids in xs) have no cotangent. A tree is
 # therefore split in two of the same structure, with None in each where the other has a
 # leaf: None is an empty subtree, so that vjp, scan and vmap never meet such leaves.
 
@@ -86,87 +120,439 @@ def _split(tree: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(jnp.add, a, b)
+    """Adds ``b`` to ``a``, in the dtypes of ``a``."""
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), a, b)
+
+
+# One step. What the forward loop stores of it: the arrays that the VJP of update
+# holds, and the carry before the step. An array that is there twice is stored once, and
+# one that is made of params alone is made again.
+
+
+class Step(NamedTuple):
+    """The arguments of ``update`` beside the params."""
+
+    carry: PyTree
+    zx: PyTree
+    zh: PyTree
+
+
+class Kept(NamedTuple):
+    """What the reverse loop needs of a step."""
+
+    pull: Callable  # the VJP of update
+    step: Step  # None where it is not read
+
+
+class Layout(NamedTuple):
+    """What the parts of a cell read and keep, found by tracing one step."""
+
+    vectors: tuple[int, ...]  # params that update reads, summed step by step
+    matrices: tuple[int, ...]  # the same, but summed over a block at once
+    mix_reads_zx: bool
+    slots: tuple[int | None, ...] = ()  # where a leaf of Kept is stored, if it is
+    firsts: tuple[int, ...] = ()  # the first leaf of each slot
+
+    def store(self, kept: Kept) -> list[Array]:
+        """Picks the leaves to store."""
+        leaves = jax.tree.leaves(kept)
+        return [leaves[i] for i in self.firsts]
+
+    def restore(self, stored: list[Array], like: Kept) -> Kept:
+        """Puts the stored leaves back; the others come from ``like``."""
+        leaves, tree = jax.tree.flatten(like)
+        pairs = zip(self.slots, leaves, strict=True)
+        return tree.unflatten(
+            [leaf if slot is None else stored[slot] for slot, leaf in pairs]
+        )
+
+
+def _first_step(cell: Any, loop: Loop) -> Step:
+    x = jax.tree.map(lambda leaf: leaf[:, 0], loop.steps.xs)
+    zx = cell.project(loop.params, x)
+    return Step(loop.carry, zx, cell.mix(loop.params, loop.carry, zx))
+
+
+def _update(cell: Any, layout: Layout, params: PyTree, step: Step) -> tuple:
+    """Runs ``update`` and its VJP for the vectors and the smooth part of the step."""
+    smooth, rest = _split(step)
+
+    def update(vectors: list[Array], smooth: Step) -> tuple[PyTree, PyTree]:
+        replaced = _put(params, layout.vectors, vectors)
+        return _split(cell.update(replaced, *join(smooth, rest)))
+
+    vectors = _take(params, layout.vectors)
+    out, pull, out_rest = jax.vjp(update, vectors, smooth, has_aux=True)
+    zx = step.zx if layout.mix_reads_zx or layout.matrices else None
+    zh = step.zh if layout.matrices else None
+    return join(out, out_rest), Kept(pull, Step(step.carry, zx, zh))
+
+
+def _take(params: PyTree, places: tuple[int, ...]) -> list[Array]:
+    leaves = jax.tree.leaves(params)
+    return [leaves[place] for place in places]
+
+
+def _put(params: PyTree, places: tuple[int, ...], values: list[Array]) -> PyTree:
+    leaves, tree = jax.tree.flatten(params)
+    for place, value in zip(places, values, strict=True):
+        leaves[place] = value
+    return tree.unflatten(leaves)
+
+
+def _add_at(
+    tree: PyTree, places: tuple[int, ...], values: list[Array], rest: PyTree
+) -> PyTree:
+    """Adds values to some leaves of a tree whose other part is ``rest``."""
+    whole = join(tree, rest)
+    return smooth_leaves(_put(whole, places, _add(_take(whole, places), values)))
+
+
+def _layout(cell: Any, loop: Loop) -> Layout:
+    params, step = loop.params, jax.eval_shape(partial(_first_step, cell), loop)
+    leaves = jax.tree.leaves(params)
+    largest = max((leaf.size for leaf in jax.tree.leaves(step.carry)), default=0)
+
+    def reads(places: list[int]) -> bool:
+        def update(values: list[Array], fixed: tuple) -> PyTree:
+            return cell.update(_put(fixed[0], tuple(places), values), *fixed[1])
+
+        return any(_varying(update, [leaves[i] for i in places], (params, step)))
+
+    def mix(zx: PyTree, fixed: tuple) -> PyTree:
+        return cell.mix(*fixed, zx)
+
+    read = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+    # Most cells read none: one question instead of one for each.
+    read = [i for i in read if reads([i])] if reads(read) else []
+    small = [leaf.ndim < 2 or leaf.size <= largest for leaf in leaves]
+    layout = Layout(
+        vectors=tuple(i for i in read if small[i]),
+        matrices=tuple(i for i in read if not small[i]),
+        mix_reads_zx=any(_varying(mix, step.zx, (params, step.carry))),
+    )
+    names: list[int] = []
+
+    def kept(step: Step, params: PyTree) -> Kept:
+        kept = _update(cell, layout, params, step)[1]
+        names[:] = map(id, jax.tree.leaves(kept))
+        return kept
+
+    moves = _varying(kept, step, params)
+    unique = list(dict.fromkeys(n for n, m in zip(names, moves, strict=True) if m))
+    return layout._replace(
+        slots=tuple(unique.index(name) if name in unique else None for name in names),
+        firsts=tuple(names.index(name) for name in unique),
+    )
+
+
+def _varying(fun: Callable, moving: PyTree, fixed: PyTree) -> list[bool]:
+    """Tells which leaves of ``fun(moving, fixed)`` depend on ``moving``.
+
+    vmap knows: what depends on no mapped argument is not mapped.
+    """
+    flags: list[bool] = []
+
+    def row(moving: PyTree, fixed: PyTree) -> tuple:
+        kinds = tuple({type(leaf) for leaf in jax.tree.leaves(moving)})
+        # A copy, since some calls wrap results that are not mapped as well.
+        results = map(jnp.copy, jax.tree.leaves(fun(moving, fixed)))
+        flags.extend(isinstance(leaf, kinds) for leaf in results)
+        return ()
+
+    def probe(moving: PyTree, fixed: PyTree) -> None:
+        moving = jax.tree.map(lambda leaf: leaf[None], moving)
+        jax.vmap(lambda moving: row(moving, fixed), axis_size=1)(moving)
+
+    jax.eval_shape(probe, moving, fixed)
+    return flags
+
+
+# Blocks of steps.
+
+
+def _segments(static: Static, loop: Loop) -> list[Segment]:
+    time, batch = _shape(loop)
+    size = static.checkpoint_every
+    if size is None:
+        size = near_divisor(time, max(STEPS, ROWS // max(1, batch)))
+    return segments(time, size)
+
+
+def _over_blocks(
+    block: Callable,
+    carry: PyTree,
+    cuts: list[Segment],
+    read: PyTree,
+    written: PyTree,
+    stacks: list[PyTree],
+    *,
+    reverse: bool,
+) -> tuple[PyTree, PyTree, list[PyTree]]:
+    """Runs ``block(carry, part of read, stacked) -> (carry, part of written, out)``.
+
+    Blocks are cut out of batch-major arrays and written back into such, so that no
+    array of the length of the sequence is ever transposed.
+    """
+    order = -1 if reverse else 1
+    outs = []
+    for cut, stack in list(zip(cuts, stacks, strict=True))[::order]:
+
+        def body(state: tuple, inputs: tuple, steps: int = cut.steps) -> tuple:
+            carry, written = state
+            start, stacked = inputs
+
+            def take(leaf: Array) -> Array:
+                return jax.lax.dynamic_slice_in_dim(leaf, start, steps, axis=1)
+
+            def put(leaf: Array, part: Array) -> Array:
+                return jax.lax.dynamic_update_slice_in_dim(leaf, part, start, axis=1)
+
+            part = time_major(jax.tree.map(take, read))
+            carry, done, out = block(carry, part, stacked)
+            written = jax.tree.map(put, written, time_major(done))
+            return (carry, written), out
+
+        starts = cut.start + cut.steps * jnp.arange(cut.blocks, dtype=jnp.int32)
+        state, inputs = (carry, written), (starts, stack)
+        if cut.blocks == 1:  # a loop would only cost time to compile
+            state, out = body(state, jax.tree.map(lambda leaf: leaf[0], inputs))
+            out = jax.tree.map(lambda leaf: leaf[None], out)
+        else:
+            state, out = jax.lax.scan(body, state, inputs, reverse=reverse)
+        carry, written = state
+        outs.append(out)
+    return carry, written, outs[::order]
+
+
+def _over_steps(fun: Callable, params: PyTree, steps: PyTree) -> PyTree:
+    """Applies ``fun(params, step)`` to the steps of a block, as one batch if it can.
+
+    A gradient that contracts two axes, ``[T, B, D]``, is twice as slow on a CPU as one
+    that contracts ``[T * B, D]``. Params that differ by row forbid it.
+    """
+    lead = jax.tree.leaves(steps)[0].shape[:2]
+
+    def flat(leaf: Array) -> Array:
+        return leaf.reshape(lead[0] * lead[1], *leaf.shape[2:])
+
+    def unflat(leaf: Array) -> Array:
+        return leaf.reshape(*lead, *leaf.shape[1:])
+
+    if not _may_be_sharded():
+        try:
+            return jax.tree.map(unflat, fun(params, jax.tree.map(flat, steps)))
+        except (TypeError, ValueError):
+            pass
+    return jax.vmap(fun, in_axes=(None, 0))(params, steps)
+
+
+def _may_be_sharded() -> bool:
+    """Whether the batch may be cut over devices, so that a reshape would gather it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = bool(mesh.axis_names) and set(mesh.axis_names) == set(mesh.manual_axes)
+    return jax.device_count() > 1 and not manual
+
+
+# The loop.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(static: Static, smooth: Loop, rest: Loop) -> tuple:
-    return _forward(static, join(smooth, rest))[0]
+    return _forward(static, join(smooth, rest), keep=False)[0]
 
 
-def _forward(static: Static, loop: Loop) -> tuple:
-    cell = static.cell
+def _block(
+    static: Static, loop: Loop, carry: PyTree, steps: Steps, *, keep: bool
+) -> tuple:
+    """Runs the steps of a block: ``(carry, (ys, carries), what is stored of each)``."""
+    cell, params = static.cell, loop.params
 
     def body(carry: PyTree, inputs: tuple) -> tuple:
         zx, valid, reset = inputs
         if reset is not None:
             carry = where_rows(reset, loop.fresh, carry)
-        zh = cell.mix(loop.params, carry, zx)
-        new, y = cell.update(loop.params, carry, zx, zh)
+        step = Step(carry, zx, cell.mix(params, carry, zx))
+        if keep:
+            (new, y), kept = _update(cell, static.layout, params, step)
+            stored = static.layout.store(kept)
+        else:
+            (new, y), stored = cell.update(params, *step), None
         if valid is not None:
             new, y = where_rows(valid, new, carry), zero_rows(valid, y)
-        return new, (y, new if static.return_carries else None, carry, zh)
+        return new, ((y, new if static.return_carries else None), stored)
 
-    inputs = (loop.zx, loop.mask, loop.resets)
-    carry, stacks = jax.lax.scan(body, loop.carry, inputs, reverse=static.reverse)
-    ys, carries, before, zh = stacks
-    return (ys, carry, carries), (before, zh)
+    carry = checkpoint_name(carry, "jlstm_carry")
+    zx = checkpoint_name(_over_steps(cell.project, params, steps.xs), "jlstm_zx")
+    inputs = (zx, steps.mask, steps.resets)
+    carry, outs = jax.lax.scan(body, carry, inputs, reverse=static.reverse)
+    return carry, *outs
+
+
+def _forward(static: Static, loop: Loop, *, keep: bool) -> tuple:
+    def block(carry: PyTree, steps: Steps, _: None) -> tuple:
+        whole = static.checkpoint_every is None
+        new, out, stored = _block(static, loop, carry, steps, keep=keep and whole)
+        return new, out, stored if whole or not keep else carry
+
+    cuts = _segments(static, loop)
+    new, y = _abstract_step(static.cell, loop)
+    outs = _buffers((y, new if static.return_carries else None), _shape(loop)[0])
+    carry, (ys, carries), stored = _over_blocks(
+        block,
+        loop.carry,
+        cuts,
+        loop.steps,
+        outs,
+        [None] * len(cuts),
+        reverse=static.reverse,
+    )
+    return (ys, carry, carries), stored
+
+
+def _abstract_step(cell: Any, loop: Loop) -> tuple:
+    def step(loop: Loop) -> tuple:
+        return cell.update(loop.params, *_first_step(cell, loop))
+
+    return jax.eval_shape(step, loop)
+
+
+def _buffers(like: PyTree, time: int) -> PyTree:
+    """Makes zeros ``[B, T, ...]`` for outputs like ``[B, ...]``, sharded alike."""
+
+    def buffer(leaf: Any) -> Array:
+        zeros = jnp.zeros((leaf.shape[0], time, *leaf.shape[1:]), leaf.dtype)
+        sharding = leaf.sharding
+        if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+            return zeros
+        first, *others = sharding.spec
+        return jax.sharding.reshard(zeros, PartitionSpec(first, None, *others))
+
+    return jax.tree.map(buffer, like)
 
 
 def _run_fwd(static: Static, smooth: Loop, rest: Loop) -> tuple:
     loop = join(smooth, rest)
-    out, (before, zh) = _forward(static, loop)
-    return out, (loop, before, zh)
+    out, stored = _forward(static, loop, keep=True)
+    return out, (loop, stored)
 
 
 def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
-    cell, (loop, before, zh) = static.cell, saved
+    cell, layout = static.cell, static.layout
+    loop, stored = saved
     dys, dcarry, dcarries = (smooth_leaves(tree) for tree in cotangents)
-    params_smooth, params_rest = _split(loop.params)
-
-    # Both parts as functions of smooth arguments, with smooth results. The other
-    # leaves of (carry, zx, zh) ride along as `rest`.
-    def mix(params: PyTree, carry_zx: PyTree, rest: PyTree) -> PyTree:
-        params = join(params, params_rest)
-        return smooth_leaves(cell.mix(params, *join(carry_zx, rest)))
-
-    def update(params: PyTree, parts: PyTree, rest: PyTree) -> PyTree:
-        params = join(params, params_rest)
-        return smooth_leaves(cell.update(params, *join(parts, rest)))
+    params, params_rest = _split(loop.params)
+    # Of this only the structure counts, and what is made of params alone.
+    first = _first_step(cell, loop)
+    like = _update(cell, layout, loop.params, first)[1]
+    one_buffer: list[Any] = []  # the structure of dzx, where it is dzh
 
     def body(cotangent: tuple, inputs: tuple) -> tuple:
-        dcarry, dfresh = cotangent
-        parts, valid, reset, dy, dafter = inputs
+        dcarry, dfresh, dvectors = cotangent
+        stored, valid, reset, dy, dafter = inputs
+        kept = layout.restore(stored, like)
         dnew = dcarry if dafter is None else _add(dcarry, dafter)
-        dout = (zero_rows(valid, dnew), zero_rows(valid, dy))
-        (carry, zx, zh), rest = _split(parts)
-        _, pull = jax.vjp(lambda p: update(params_smooth, p, rest), (carry, zx, zh))
-        (dbefore, dzx, dzh) = pull(dout)[0]
-        _, pull = jax.vjp(lambda p: mix(params_smooth, p, rest[:2]), (carry, zx))
-        through_mix, through_zx = pull(dzh)[0]
-        dbefore, dzx = _add(dbefore, through_mix), _add(dzx, through_zx)
+        dout = zero_rows(valid, dnew), zero_rows(valid, dy)
+        added, (dbefore, dzx, dzh) = kept.pull(dout)
+        through_mix, through_zx = _pull_mix(kept.step.carry, kept.step.zx, dzh)
+        dbefore = _add(dbefore, through_mix)
+        if layout.mix_reads_zx:
+            dzx = _add(dzx, through_zx)
         if valid is not None:
             dbefore = _add(dbefore, zero_rows(~valid, dnew))
         if reset is not None:
             dfresh = _add(dfresh, zero_rows(reset, dbefore))
             dbefore = zero_rows(~reset, dbefore)
-        return (dbefore, dfresh), (dzx, dzh, dout)
+        one_buffer[:] = [jax.tree.structure(dzx)] if _same(dzx, dzh) else []
+        dzx = None if one_buffer else dzx
+        cotangent = (dbefore, dfresh, _add(dvectors, added))
+        return cotangent, (dzx, dzh, dout if layout.matrices else None)
 
-    parts = (before, loop.zx, zh)
-    zeros = jax.tree.map(jnp.zeros_like, smooth_leaves(loop.fresh))
-    inputs = (parts, loop.mask, loop.resets, dys, dcarries)
-    (dcarry, dfresh), (dzx, dzh, douts) = jax.lax.scan(
-        body, (dcarry, zeros), inputs, reverse=not static.reverse
+    def _pull_mix(carry: PyTree, zx: PyTree, dzh: PyTree) -> tuple:
+        smooth, rest = _split((carry, first.zx if zx is None else zx))
+
+        def mix(smooth: tuple) -> PyTree:
+            return smooth_leaves(cell.mix(loop.params, *join(smooth, rest)))
+
+        return jax.vjp(mix, smooth)[1](dzh)[0]
+
+    def block(cotangent: tuple, part: tuple, stored: Any) -> tuple:
+        inner, dparams = cotangent
+        steps, dys, dcarries = part
+        if static.checkpoint_every is not None:
+            stored = _block(static, loop, stored, steps, keep=True)[2]
+        inner, (dzx, dzh, douts) = jax.lax.scan(
+            body,
+            inner,
+            (stored, steps.mask, steps.resets, dys, dcarries),
+            reverse=not static.reverse,
+        )
+        if one_buffer:
+            dzx = one_buffer[0].unflatten(jax.tree.leaves(dzh))
+        added, dxs = _pull_parts(steps.xs, stored, (dzx, dzh, douts))
+        return (inner, _add(dparams, added)), dxs, None
+
+    def _pull_parts(xs: PyTree, stored: list[Array], douts: tuple) -> tuple:
+        """The gradients of the params and of xs, for the steps of a block at once."""
+        size = jax.tree.leaves(xs)[0].shape[0]
+        step = layout.restore(stored, like).step
+        zx = step.zx
+        if zx is None:  # nothing reads it
+
+            def repeat(leaf: Array) -> Array:
+                return jnp.broadcast_to(leaf, (size, *leaf.shape))
+
+            zx = jax.tree.map(repeat, first.zx)
+        (smooth_x, *smooth_step), rest = _split((xs, step.carry, zx, step.zh))
+
+        def parts(params: PyTree, matrices: list[Array], xs: PyTree) -> tuple:
+            return _over_steps(part, (params, matrices), ((xs, *smooth_step), rest))
+
+        def part(differentiated: tuple, inputs: tuple) -> tuple:
+            params, matrices = differentiated
+            params = join(params, params_rest)
+            x, *step = join(*inputs)
+            out = None
+            if layout.matrices:
+                replaced = _put(loop.params, layout.matrices, matrices)
+                out = cell.update(replaced, *step)
+            mixed = cell.mix(params, *step[:2])
+            return smooth_leaves((cell.project(params, x), mixed, out))
+
+        matrices = _take(loop.params, layout.matrices)
+        _, pull = jax.vjp(parts, params, matrices, smooth_x)
+        dparams, dmatrices, dxs = pull(douts)
+        return _add_at(dparams, layout.matrices, dmatrices, params_rest), dxs
+
+    zeros = (
+        jax.tree.map(jnp.zeros_like, smooth_leaves(loop.fresh)),
+        [_wide_zeros(leaf) for leaf in _take(loop.params, layout.vectors)],
     )
+    cotangent = ((dcarry, *zeros), jax.tree.map(_wide_zeros, params))
+    cotangent, dxs, _ = _over_blocks(
+        block,
+        cotangent,
+        _segments(static, loop),
+        (loop.steps, dys, dcarries),
+        jax.tree.map(jnp.zeros_like, smooth_leaves(loop.steps.xs)),
+        stored,
+        reverse=not static.reverse,
+    )
+    (dcarry, dfresh, dvectors), dparams = cotangent
+    dparams = _add_at(dparams, layout.vectors, dvectors, params_rest)
+    dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
+    return Loop(dparams, dcarry, dfresh, Steps(dxs, None, None)), None
 
-    # The gradients of the params, for all T at once.
-    smooth, rest = _split(parts)
-    over_time = partial(jax.vmap, in_axes=(None, 0, 0))
-    _, pull = jax.vjp(lambda p: over_time(update)(p, smooth, rest), params_smooth)
-    dparams = pull(douts)[0]
-    _, pull = jax.vjp(lambda p: over_time(mix)(p, smooth[:2], rest[:2]), params_smooth)
-    dparams = _add(dparams, pull(dzh)[0])
-    return Loop(dparams, dzx, dcarry, dfresh, None, None), None
+
+def _wide_zeros(leaf: Array) -> Array:
+    return jnp.zeros_like(leaf, dtype=common_dtype(leaf.dtype, jnp.float32))
+
+
+def _same(a: PyTree, b: PyTree) -> bool:
+    pairs = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(pairs[0]) == len(pairs[1]) and all(
+        x is y for x, y in zip(*pairs, strict=True)
+    )
 
 
 _run.defvjp(_run_fwd, _run_bwd)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import jax
+from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+
+from jlstm.kernels.blocks import segments, time_major
 from jlstm.types import Array, Cell, PyTree, where_rows, zero_rows
 
 
@@ -24,24 +28,27 @@ def unroll(
     resets: Array | None = None,
     reverse: bool = False,
     return_carries: bool = False,
+    checkpoint_every: int | None = None,
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Runs a cell over a sequence; every kernel has this signature.
 
     Args:
       cell: any cell.
       params: what ``prepare`` returned, or the params.
-      xs: time-major, ``[T, B, ...]``, zero where masked.
+      xs: ``[B, T, ...]``, zero where masked.
       carry: the incoming carry, ``[B, ...]``.
       fresh: the fresh carry, ``[B, ...]``, which resets restore.
-      mask: ``[T, B]``, true at valid steps; ``None`` if all are.
-      resets: ``[T, B]``, true where the fresh carry is restored before the step is
+      mask: ``[B, T]``, true at valid steps; ``None`` if all are.
+      resets: ``[B, T]``, true where the fresh carry is restored before the step is
         taken, in the order in which steps are taken.
       reverse: takes the steps from the last to the first.
       return_carries: also stacks the carries.
+      checkpoint_every: a gradient stores the carry once in so many steps, and computes
+        the steps between again.
 
     Returns:
-      ``(ys, carry, carries)``: outputs ``[T, B, ...]``, zero where masked; the final
-      carry; and the carry after each step, ``[T, B, ...]``, or ``None``.
+      ``(ys, carry, carries)``: outputs ``[B, T, ...]``, zero where masked; the final
+      carry; and the carry after each step, ``[B, T, ...]``, or ``None``.
     """
 
     def body(carry: PyTree, inputs: tuple) -> tuple[PyTree, tuple[PyTree, PyTree]]:
@@ -53,6 +60,42 @@ def unroll(
             new, y = where_rows(valid, new, carry), zero_rows(valid, y)
         return new, (y, new if return_carries else None)
 
-    inputs = (xs, mask, resets)
-    carry, (ys, carries) = jax.lax.scan(body, carry, inputs, reverse=reverse)
+    def block(carry: PyTree, inputs: tuple) -> tuple[PyTree, tuple[PyTree, PyTree]]:
+        return jax.lax.scan(body, carry, inputs, reverse=reverse)
+
+    inputs = time_major((xs, mask, resets))
+    time = jax.tree.leaves(xs)[0].shape[1]
+    if checkpoint_every is None or not time:
+        carry, outs = block(carry, inputs)
+    else:
+        block = jax.checkpoint(block, prevent_cse=False)
+        carry, outs = _over_blocks(block, carry, inputs, checkpoint_every, reverse)
+    ys, carries = time_major(outs)
     return ys, carry, carries
+
+
+def _over_blocks(
+    block: Callable, carry: PyTree, inputs: PyTree, size: int, reverse: bool
+) -> tuple[PyTree, PyTree]:
+    """Runs ``block`` as the body of a scan over blocks of ``size`` steps."""
+    order = -1 if reverse else 1
+    time = jax.tree.leaves(inputs)[0].shape[0]
+    outs = []
+    for start, blocks, steps in segments(time, size)[::order]:
+
+        def cut(leaf: Array, window: tuple = (start, blocks, steps)) -> Array:
+            start, blocks, steps = window
+            part = leaf[start : start + blocks * steps]
+            return part.reshape(blocks, steps, *leaf.shape[1:])
+
+        carry, out = jax.lax.scan(
+            block, carry, jax.tree.map(cut, inputs), reverse=reverse
+        )
+        outs.append(out)
+
+    def uncut(*parts: Array) -> Array:
+        return jnp.concatenate(
+            [p.reshape(p.shape[0] * p.shape[1], *p.shape[2:]) for p in parts]
+        )
+
+    return carry, jax.tree.map(uncut, *outs[::order])

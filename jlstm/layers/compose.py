@@ -8,14 +8,17 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlstm import door
 from jlstm.layers.recurrent import (
     RNN,
     check_layer_field,
+    is_layer,
     rows,
     run_layer,
     take_valid,
+    wrong_carry,
 )
 from jlstm.types import Array, Layer, PyTree, config, zero_rows
 
@@ -115,6 +118,8 @@ class Stack:
         masking: dict[str, Array | None],
     ) -> tuple[PyTree, tuple[PyTree, ...]]:
         door.check_hashable(self, "stack")
+        if isinstance(carry, (jax.Array, np.ndarray)):
+            raise wrong_carry("stack", "a tuple of one entry a layer", carry)
         for name, value in (("params", params), ("carry", carry)):
             if value is not None and len(value) != len(self.layers):
                 raise door.error(
@@ -435,6 +440,7 @@ def step(
       ``(carry, y)``, the order of ``lax.scan``.
 
     Raises:
+      TypeError: a cell in the place of a layer.
       ValueError: the layer is not causal.
 
     Example:
@@ -444,6 +450,8 @@ def step(
       >>> y.shape
       (1, 2)
     """
+    if not is_layer(layer):
+        check_layer_field("step", layer)
     if not is_causal(layer):
         raise door.error(
             "step",

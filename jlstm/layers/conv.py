@@ -12,6 +12,8 @@ from flax import struct
 from jlstm import door
 from jlstm import init as initialisers
 from jlstm.cells.gates import affine
+from jlstm.layers.pointwise import check_activation
+from jlstm.layers.recurrent import wrong_carry
 from jlstm.types import (
     Array,
     Initializer,
@@ -84,6 +86,7 @@ class Conv:
 
     def __post_init__(self) -> None:
         check_positive(self, "size", "width", "stride", "dilation")
+        check_activation(self)
         if self.padding not in get_args(Padding):
             names = ", ".join(repr(name) for name in get_args(Padding))
             raise ValueError(
@@ -184,6 +187,8 @@ class Conv:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         xs = zero_rows(valid, xs.astype(dtype))
         if not self.causal:
+            if jax.tree.leaves(carry):
+                raise wrong_carry("Conv", "() or None", carry)
             lengths, mask, _ = self.retime(**given)
             ys = self._convolve(params, xs, resets)
             out = door.valid_steps(ys, lengths=lengths, mask=mask, where="Conv")
@@ -193,11 +198,7 @@ class Conv:
         )
         shape = [xs.shape[0], self._reach, xs.shape[-1]]
         if not isinstance(incoming, ConvCarry) or list(incoming.xs.shape) != shape:
-            raise door.error(
-                "Conv",
-                f"carry must be a ConvCarry with xs {shape}, got "
-                f"{door.shapes(incoming)}",
-            )
+            raise wrong_carry("Conv", f"a ConvCarry with xs {shape}", incoming)
         before = incoming.xs.astype(dtype)
         return self._stream(params, xs, before, valid, resets, holes=mask is not None)
 

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jlstm import door
 from jlstm import init as initialisers
 from jlstm.cells.gates import affine
+from jlstm.layers.recurrent import wrong_carry
 from jlstm.types import (
     Array,
     Initializer,
@@ -52,8 +53,9 @@ class Pointwise:
         key: Array | None = None,
     ) -> tuple[PyTree, tuple[()]]:
         """Maps each step by itself."""
-        del carry
         where = type(self).__name__
+        if jax.tree.leaves(carry):
+            raise wrong_carry(where, "() or None", carry)
         mask = door.valid_steps(
             xs, lengths=lengths, mask=mask, resets=resets, where=where
         )
@@ -103,6 +105,21 @@ class Dropout(Pointwise):
         return structure.unflatten(map(drop, leaves, keys))
 
 
+def check_activation(config: Any) -> None:
+    """Refuses an activation that cannot be called, such as its name.
+
+    Raises:
+      TypeError: saying what to write.
+    """
+    given = config.activation
+    if given is not None and not callable(given):
+        known = isinstance(given, str) and hasattr(jax.nn, given)
+        raise TypeError(
+            f"{type(config).__name__}.activation: must be a function or None, got "
+            f"{given!r}; give jax.nn.{given if known else 'relu, say'}"
+        )
+
+
 @struct.dataclass
 class DenseParams:
     """Weights of an affine map."""
@@ -136,6 +153,7 @@ class Dense(Pointwise):
 
     def __post_init__(self) -> None:
         check_positive(self, "size")
+        check_activation(self)
 
     def init(self, key: Array, xs: Array) -> DenseParams:
         """Makes params for inputs like ``xs [B, T, D]``."""

@@ -10,11 +10,21 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jlstm import door
 from jlstm.cells.wrappers import Precision
-from jlstm.types import Array, Cell, Layer, Policy, PyTree, config, zero_rows
+from jlstm.types import (
+    Array,
+    Cell,
+    Layer,
+    Policy,
+    PyTree,
+    check_literal,
+    config,
+    zero_rows,
+)
 
 Merge = Literal["concat", "sum", "mean", "product", "none"]
 
@@ -41,10 +51,13 @@ def check_cell_field(where: str, value: Any) -> None:
     Raises:
       TypeError: naming what came, and what to write instead.
     """
+    _check_instance(where, value, "a cell")
     if not is_cell(value) or is_layer(value):
         what = "the layer " if is_layer(value) else ""
         hint = "; give the cell itself, such as LSTM(256)" if is_layer(value) else ""
         raise TypeError(f"{where}: must be a cell, got {what}{value!r}{hint}")
+    if dataclasses.is_dataclass(value):
+        check_literal(value)
 
 
 def check_layer_field(where: str, value: Any) -> None:
@@ -53,13 +66,35 @@ def check_layer_field(where: str, value: Any) -> None:
     Raises:
       TypeError: naming what came, and what to write instead.
     """
+    _check_instance(where, value, "a layer")
     if is_layer(value):
+        if dataclasses.is_dataclass(value):
+            check_literal(value)
         return
     if is_cell(value):
         raise TypeError(
             f"{where}: must be a layer, got the cell {value!r}; wrap it: RNN({value!r})"
         )
     raise TypeError(f"{where}: must be a layer, got {value!r}")
+
+
+def _check_instance(where: str, value: Any, kind: str) -> None:
+    if isinstance(value, type):
+        name = value.__name__
+        raise TypeError(
+            f"{where}: must be {kind}, got the class {name}; make one: {name}(...)"
+        )
+
+
+def wrong_carry(where: str, expected: str, carry: PyTree) -> ValueError:
+    """Makes the error of what is no carry; in its place stand keys and lengths too."""
+    got, hint = f"a {type(carry).__name__}", ""
+    if all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(carry)):
+        got += f" of {door.shapes(carry)}"
+    if isinstance(carry, (jax.Array, np.ndarray)):
+        got = f"an array {list(carry.shape)} {carry.dtype}"
+        hint = "; give lengths=, mask=, resets= and key= by name"
+    return door.error(where, f"carry must be {expected}, got {got}{hint}")
 
 
 @dataclasses.dataclass
@@ -125,6 +160,7 @@ class RNN:
       reverse: runs from each row's last valid step to the first.
       implementation: ``"fused"``, ``"scan"``, or ``None`` to choose.
       policy: dtypes, see :class:`jlstm.Policy`.
+      checkpoint_every: saves memory in training, see :func:`jlstm.unroll`.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.GRU(8), reverse=True)
@@ -139,10 +175,17 @@ class RNN:
     reverse: bool = False
     implementation: str | None = None
     policy: Policy | None = None
+    checkpoint_every: int | Literal["sqrt"] | None = None
 
     def __post_init__(self) -> None:
         check_cell_field("RNN.cell", self.cell)
+        door.check_checkpoint_every(self.checkpoint_every, "RNN")
         door.choose(self.cell, self.implementation)
+        if not isinstance(self.policy, Policy | None):
+            raise TypeError(
+                f"RNN.policy: must be a Policy or None, got {self.policy!r}; give "
+                "jlstm.Policy(compute=jnp.bfloat16), say"
+            )
 
     @property
     def causal(self) -> bool:
@@ -156,7 +199,7 @@ class RNN:
     def init(self, key: Array, xs: PyTree) -> PyTree:
         """Makes the cell's params for inputs like ``xs [B, T, D]``."""
         door.batch_and_time(xs, "RNN.init")
-        _check_floating(self.cell, xs)
+        _check_floating("RNN.init", self.cell, xs)
 
         # Only shape and dtype of a step count, and T may be 0.
         def first(leaf: Any) -> Array:
@@ -180,6 +223,8 @@ class RNN:
         key: Array | None = None,
     ) -> tuple[PyTree, PyTree]:
         """Runs the cell; see :func:`jlstm.unroll`."""
+        _check_floating("RNN", self.cell, xs)
+        self._check_carry(params, xs, carry)
         ys, carry = door.unroll(
             self._cell,
             params,
@@ -190,6 +235,7 @@ class RNN:
             resets=resets,
             key=key,
             reverse=self.reverse,
+            checkpoint_every=self.checkpoint_every,
             implementation=self.implementation,
         )
         return ys, carry
@@ -208,8 +254,21 @@ class RNN:
         mask = door.valid_steps(xs, **masking)
         return take_valid(ys, mask, first=self.reverse), carry
 
+    def _check_carry(self, params: PyTree, xs: PyTree, carry: PyTree) -> None:
+        """Refuses a bare array where the cell's carry is none like it."""
+        if not isinstance(carry, (jax.Array, np.ndarray)):
+            return
+        batch, _ = door.batch_and_time(xs, "RNN")
+        fresh: Any = jax.eval_shape(lambda p: self.init_carry(p, (batch,)), params)
+        if not hasattr(fresh, "shape"):
+            expected = f"{type(fresh).__name__} {door.shapes(fresh)}"
+            raise wrong_carry("RNN", expected, carry)
+        is_key = jnp.issubdtype(carry.dtype, jax.dtypes.prng_key)
+        if is_key or fresh.ndim != carry.ndim:
+            raise wrong_carry("RNN", f"an array {list(fresh.shape)}", carry)
 
-def _check_floating(cell: Cell, xs: PyTree) -> None:
+
+def _check_floating(where: str, cell: Cell, xs: PyTree) -> None:
     """Points integer inputs of a built-in cell to Embed."""
     leaves = jax.tree.leaves(xs)
     if (
@@ -218,7 +277,7 @@ def _check_floating(cell: Cell, xs: PyTree) -> None:
         and type(cell).__module__.startswith("jlstm.cells")
     ):
         raise door.error(
-            "RNN.init",
+            where,
             f"xs of {cell!r} must be floating, got {leaves[0].dtype}; put "
             "Embed(vocab_size, size) before it",
         )
@@ -285,7 +344,7 @@ class Bidirectional:
         options = [repr(self.forward.cell)]
         if self.backward.cell != self.forward.cell:
             options.append(repr(self.backward.cell))
-        for name in ("implementation", "policy"):
+        for name in ("implementation", "policy", "checkpoint_every"):
             if (value := getattr(self.forward, name)) is not None:
                 options.append(f"{name}={value!r}")
         if self.merge != "concat":
@@ -352,11 +411,8 @@ class Bidirectional:
         if carry is None:
             carry = BidirectionalCarry(None, None)
         if not isinstance(carry, BidirectionalCarry):
-            raise door.error(
-                "bidirectional",
-                "carry must be a BidirectionalCarry(forward, backward), got a "
-                f"{type(carry).__name__}",
-            )
+            expected = "a BidirectionalCarry(forward, backward)"
+            raise wrong_carry("bidirectional", expected, carry)
         outs = []
         for i, name in enumerate(("forward", "backward")):
             parts = (getattr(part, name) for part in (self, params, carry))
@@ -398,6 +454,7 @@ def bidirectional(
     merge: Merge = "concat",
     implementation: str | None = None,
     policy: Policy | None = None,
+    checkpoint_every: int | Literal["sqrt"] | None = None,
 ) -> Bidirectional:
     r"""Runs one cell forward and one backward over a sequence, and merges the outputs.
 
@@ -412,6 +469,7 @@ def bidirectional(
         ``"none"`` for the pair.
       implementation: as of :class:`jlstm.RNN`.
       policy: as of :class:`jlstm.RNN`.
+      checkpoint_every: as of :class:`jlstm.RNN`.
 
     Raises:
       TypeError: a layer in the place of a cell.
@@ -430,7 +488,11 @@ def bidirectional(
     check_cell_field("bidirectional.cell", cell)
     if backward is not None:
         check_cell_field("bidirectional.backward", backward)
-    options: dict[str, Any] = {"implementation": implementation, "policy": policy}
+    options: dict[str, Any] = {
+        "implementation": implementation,
+        "policy": policy,
+        "checkpoint_every": checkpoint_every,
+    }
     return Bidirectional(
         RNN(cell, **options),
         RNN(cell if backward is None else backward, reverse=True, **options),

@@ -8,7 +8,7 @@ import math
 import jax
 
 from jlstm import door
-from jlstm.layers.recurrent import RNN, Row, recording, run_layer
+from jlstm.layers.recurrent import RNN, Row, check_layer_field, recording, run_layer
 from jlstm.types import Layer, PyTree
 
 ROOT = ""
@@ -71,11 +71,15 @@ def summary(layer: Layer, xs: PyTree) -> Summary:
       layer: a layer or model.
       xs: example input ``[B, T, ...]``; arrays or ``jax.ShapeDtypeStruct``.
 
+    Raises:
+      TypeError: a cell in the place of a layer.
+
     Example:
       >>> print(jlstm.summary(jlstm.RNN(jlstm.LSTM(4)), jnp.ones((2, 5, 3))))
       layer         output     params  carry bytes  implementation
-      RNN(LSTM(4))  [2, 5, 4]     128           64  scan
+      RNN(LSTM(4))  [2, 5, 4]     128           64  fused
     """
+    check_layer_field("summary", layer)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(layer.init, key, xs)
     with recording() as rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from flax import struct
@@ -48,6 +48,11 @@ class Classifier:
     def __post_init__(self) -> None:
         check_layer_field("Classifier.encoder", self.encoder)
         check_positive(self, "num_classes")
+        if self.pooling not in get_args(Pooling):
+            names = ", ".join(repr(name) for name in get_args(Pooling))
+            raise ValueError(
+                f"Classifier.pooling: must be one of {names}, got {self.pooling!r}"
+            )
 
     @property
     def causal(self) -> bool:

@@ -115,8 +115,14 @@ def _place(leaf: Any) -> Any:
 
 def _check(folder: Path, saved: Any, expected: dict[str, Any]) -> None:
     for name in [*expected, *(name for name in saved if name not in expected)]:
-        got = _stored_type(saved[name]) if name in saved else "nothing"
-        want = _stored_type(expected[name]) if name in expected else "nothing"
+        got = _stored_type(saved[name]) if name in saved else "missing"
+        want = _stored_type(expected[name]) if name in expected else "missing"
+        if "missing" in (got, want):
+            other = "like" if want == "missing" else folder
+            raise ValueError(
+                f"load: {name}, {want if got == 'missing' else got}, is missing in "
+                f"{other}; give like the structure that was saved"
+            )
         if got != want:
             raise ValueError(f"load: {name} in {folder} is {got}, expected {want}")
 

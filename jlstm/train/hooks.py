@@ -97,12 +97,21 @@ def evaluate_every(
     Returns:
       The hook.
 
+    Raises:
+      ValueError: ``make_batches`` is not a function, or ``n`` is not positive.
+
     Example:
       >>> def loss_fn(params, batch, *, key, carry):
       ...     return jlstm.train.squared_error(params, batch), jlstm.train.Aux({})
       >>> eval_step = jlstm.train.make_eval_step(loss_fn)
       >>> hook = jlstm.train.evaluate_every(500, eval_step, lambda: [jnp.ones(3)])
     """
+    if not callable(make_batches):
+        raise ValueError(
+            "evaluate_every: make_batches must be a function, which is called for the "
+            f"batches of each evaluation, got a {type(make_batches).__name__}; write "
+            "lambda: batches"
+        )
 
     def run_evaluation(report: Report) -> None:
         metrics = evaluate(eval_step, report.state.params, make_batches())

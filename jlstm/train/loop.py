@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jlstm.train.losses import divide, sum_metrics
-from jlstm.train.state import TrainState
+from jlstm.train.state import TrainState, check_alive
 from jlstm.train.step import Metrics, TrainStep
 
 
@@ -74,7 +75,8 @@ def fit(
       state: from ``create_state``, or from a checkpoint. It is donated: use the state
         in the returned report from here on.
       train_step: from ``make_train_step``.
-      batches: any iterable; where it ends early, so does the run, as the report says.
+      batches: any iterable; where it ends early, so does the run, as the report says,
+        and where there are no hooks to show it, a warning.
       num_steps: the step to stop at.
       hooks: called with each :class:`Report`.
       log_every: number of steps between reports.
@@ -83,7 +85,8 @@ def fit(
       The last report; its ``state`` is the trained one.
 
     Raises:
-      ValueError: ``num_steps`` or ``log_every`` is not positive, or there is no batch.
+      ValueError: ``num_steps`` or ``log_every`` is not positive, there is no batch,
+        ``hooks`` is one hook, or an earlier step has taken the state.
 
     Example:
       >>> train, tx = jlstm.train, jlstm.train.sgd(0.1)
@@ -96,6 +99,12 @@ def fit(
     for name, value in (("num_steps", num_steps), ("log_every", log_every)):
         if value < 1:
             raise ValueError(f"fit: {name} must be at least 1, got {value}")
+    if callable(hooks):
+        raise ValueError(
+            f"fit: hooks must be a sequence, got the one hook {hooks!r}; write "
+            "hooks=[hook]"
+        )
+    check_alive("fit", state)
     try:
         return _fit(state, train_step, batches, num_steps, hooks, log_every)
     finally:
@@ -125,6 +134,8 @@ def _fit(
             if step == first:
                 raise ValueError("fit: batches is empty") from None
             stop = f"batches ended after step {step} of {num_steps}"
+            if not hooks:
+                warnings.warn(f"fit: {stop}", stacklevel=3)
         else:
             state, metrics = train_step(state, batch)
             window.append(metrics)

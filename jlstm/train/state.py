@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from jlstm.types import Array, PyTree
 
@@ -70,6 +71,20 @@ def create_state(
     # donated twice; hence the copy of everything, in one go.
     state = TrainState(jnp.int32(0), params, tx.init(params), key, carry)
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+
+
+def check_alive(where: str, tree: PyTree) -> None:
+    """Refuses arrays whose memory a train step has taken.
+
+    Raises:
+      ValueError: saying where the new ones are.
+    """
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+    if any(not isinstance(x, Tracer) and x.is_deleted() for x in arrays):
+        raise ValueError(
+            f"{where}: the state was donated to an earlier step; use the state that "
+            "it returned (report.state of fit), or make_train_step(donate=False)"
+        )
 
 
 def is_key(leaf: PyTree) -> bool:

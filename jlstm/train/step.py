@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jlstm.train.losses import Mean, average
-from jlstm.train.state import TrainState, type_name
+from jlstm.train.state import TrainState, check_alive, type_name
 from jlstm.types import Array, PyTree
 
 Metrics = dict[str, Any]  # a Mean or a scalar each
@@ -62,7 +62,8 @@ def make_train_step(
 
     Returns:
       The step. It raises ``ValueError`` for a loss that is not a scalar, a missing
-      :class:`Aux`, and a carry of another structure, shape or dtype than the state's.
+      :class:`Aux`, a carry of another structure, shape or dtype than the state's, and
+      a state that an earlier step has taken.
 
     Example:
       >>> train = jlstm.train
@@ -104,6 +105,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         nonlocal checked
+        check_alive("train_step", state.step)
         if not checked and state.key is not None:
             _warn_if_key_is_unused(compiled.trace(state, batch).jaxpr, state, batch)
         checked = True
@@ -161,11 +163,12 @@ def evaluate(
       plain scalar counts the same in each batch.
 
     Raises:
-      ValueError: there are no batches.
+      ValueError: there are no batches, or a train step has taken the params.
 
     Example:
       See :func:`make_eval_step`.
     """
+    check_alive("evaluate", params)
     collected = []
     for batch in batches:
         metrics, carry = eval_step(params, batch, carry)

@@ -1,9 +1,4 @@
-"""The laws that every cell and layer obeys, for our tests and for your own cells.
-
-``check_cell(MyCell(8))`` takes a few seconds and either returns, or raises an
-``AssertionError`` that names the law that is broken. The laws run in float64, so that a
-difference is a mistake and not rounding.
-"""
+"""The laws themselves, each run on one example of a cell or a layer."""
 
 from __future__ import annotations
 
@@ -20,9 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlstm.cells import prepare
-from jlstm.door import unroll
-from jlstm.kernels import IMPLEMENTATIONS
-from jlstm.layers.compose import is_causal, retime, stack
+from jlstm.layers.compose import is_causal, retime
 from jlstm.types import (
     Array,
     Cell,
@@ -40,7 +33,7 @@ TOLERANCE = 1e-9
 
 
 @contextlib.contextmanager
-def law(name: str, subject: Any, run: _Runner | None = None) -> Iterator[None]:
+def law(name: str, subject: Any, run: Runner | None = None) -> Iterator[None]:
     """Names the law in the error of whatever fails inside."""
     try:
         yield
@@ -50,149 +43,21 @@ def law(name: str, subject: Any, run: _Runner | None = None) -> Iterator[None]:
         raise AssertionError(message) from None
 
 
-def check_cell(
-    cell: Cell,
-    x: PyTree = None,
-    *,
-    params: PyTree = None,
-    implementations: tuple[str, ...] | None = None,
-    take_rows: Callable[[PyTree, Array], PyTree] | None = None,
-    smooth: bool = True,
-) -> None:
-    """Checks a cell against the laws.
-
-    The carry keeps its type; the gated form equals the step; unrolling equals a Python
-    loop; padding is inert, garbage and NaN alike, in values and gradients; a row of
-    length 0 returns its incoming carry; chunks equal the whole; reverse equals
-    flipping; rows are independent; resets equal separate sequences, in both directions,
-    with a learned fresh carry; ``vmap`` equals a loop; ``jit`` equals eager, and equal
-    configs share one trace; gradients, and gradients of gradients, equal finite
-    differences; implementations agree.
-
-    Args:
-      cell: the cell.
-      x: an example of its input at one step, ``[3, ...]``; floats are replaced by
-        random ones. ``[3, 5]`` of floats if ``None``.
-      params: params to check with, in float64; made by ``init``, and moved a little so
-        that nothing is zero, if ``None``.
-      implementations: which to check; all that can run the cell if ``None``.
-      take_rows: ``take_rows(params, rows)``, for a cell some of whose params have a
-        leaf for each row, such as an encoder's memory.
-      smooth: false leaves out finite differences, for a cell with kinks.
-
-    Raises:
-      AssertionError: naming the broken law.
-      TypeError: a half-defined gated form.
-
-    Example:
-      >>> jlstm.testing.check_cell(jlstm.Elman(2), implementations=("scan",))
-    """
-    gated(cell)  # refuses a half-defined form
-    if implementations is None:
-        able = (n for n, kernel in IMPLEMENTATIONS.items() if not kernel.why_not(cell))
-        implementations = tuple(able)
-    with jax.enable_x64(True):
-        case = _cell_case(cell, x, params)
-        _check_config(cell)
-        _check_step(cell, case)
-        fresh = cell.init_carry(case.params, (BATCH,))
-        results = []
-        for name in implementations:
-            run = _Runner(partial(unroll, cell, implementation=name), name)
-            results.append(run(case, mask=holes()))
-            _check_python_loop(cell, case, run)
-            _check_padding(cell, case, run)
-            _check_padding(cell, case, run, reverse=True)
-            _check_chunks(cell, case, run)
-            _check_reverse(cell, case, run)
-            _check_rows(cell, case, run, take_rows)
-            _check_resets(cell, case, run, cell.init_carry)
-            _check_resets(cell, case, run, cell.init_carry, reverse=True)
-            _check_vmap(cell, case, run)
-            _check_traces(
-                cell,
-                lambda traces: _CountedCell(copy_of(cell), traces),
-                lambda c, name=name: partial(unroll, c, implementation=name),
-                (case.params, case.xs),
-                run(case.but(carry=fresh))["ys"],
-            )
-            if smooth:
-                _check_derivatives(cell, case, run)
-        with law("implementations agree", cell):
-            for result in results[1:]:
-                _assert_close(result, results[0])
-
-
-def check_layer(
-    layer: Layer,
-    xs: PyTree = None,
-    *,
-    params: PyTree = None,
-    causal: bool | None = None,
-    resets: bool = True,
-    smooth: bool = True,
-) -> None:
-    """Checks a layer against the laws.
-
-    Padding is inert, garbage and NaN alike, in values and gradients; a row of length 0
-    returns its incoming carry; lengths equal the mask they stand for; rows are
-    independent; resets equal separate sequences; chunks equal the whole, if the layer
-    is causal, and do not, if it is not; ``vmap`` equals a loop; ``jit`` equals eager;
-    gradients, and gradients of gradients, equal finite differences; ``retime`` tells
-    which outputs are valid.
-
-    Args:
-      layer: the layer.
-      xs: an example of its input, ``[3, 6, ...]``; floats are replaced by random ones.
-        ``[3, 6, 5]`` of floats if ``None``.
-      params: params to check with, in float64; made by ``init``, and moved a little, if
-        ``None``.
-      causal: whether the chunk law must hold; what the layer says if ``None``.
-      resets: false leaves out resets, for a layer that refuses them.
-      smooth: false leaves out finite differences, for a layer with kinks.
-
-    Raises:
-      AssertionError: naming the broken law.
-
-    Example:
-      >>> jlstm.testing.check_layer(jlstm.Dense(2))
-    """
-    with jax.enable_x64(True):
-        case = _layer_case(layer, xs, params)
-        _check_config(layer)
-        run = _Runner(layer.apply, takes_resets=resets)
-        _check_lengths(layer, case, run)
-        _check_padding(layer, case, run)
-        _check_rows(layer, case, run)
-        _check_causal(layer, case, run, is_causal(layer) if causal is None else causal)
-        if resets:
-            _check_layer_resets(layer, case, run)
-        _check_vmap(layer, case, run)
-        # A stack is what compiles itself.
-        _check_traces(
-            stack(layer),
-            lambda traces: stack(_CountedLayer(copy_of(layer), traces)),
-            lambda s: s.apply,
-            ((case.params,), case.xs, (case.carry,)),
-            run(case)["ys"],
-        )
-        if smooth:
-            _check_derivatives(layer, case, run)
-
-
-def _assert_close(a: PyTree, b: PyTree) -> None:
+def assert_close(a: PyTree, b: PyTree) -> None:
+    """Compares trees to rounding."""
     chex.assert_trees_all_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Case:
+class Case:
     """What a cell or a layer is run on."""
 
     params: PyTree
     xs: PyTree  # [B, T, ...]
     carry: PyTree  # [B, ...], not the fresh one
 
-    def but(self, **changes: PyTree) -> _Case:
+    def but(self, **changes: PyTree) -> Case:
+        """Replaces a part."""
         return dataclasses.replace(self, **changes)
 
 
@@ -233,31 +98,33 @@ def _wide(tree: PyTree) -> PyTree:
     return jax.tree.map(widen, tree)
 
 
-def _cell_case(cell: Cell, x: PyTree, params: PyTree) -> _Case:
+def cell_case(cell: Cell, x: PyTree, params: PyTree) -> Case:
+    """Makes what a cell is run on, in float64."""
     x = _wide(jnp.zeros((BATCH, 5)) if x is None else x)
     if any(leaf.shape[:1] != (BATCH,) for leaf in jax.tree.leaves(x)):
         raise ValueError(f"check_cell: x must begin with a batch of {BATCH} rows")
     if params is None:
         params = moved(_wide(cell.init(jax.random.key(0), x)), seed=1)
     carry = random_like(cell.init_carry(params, (BATCH,)), seed=2, scale=0.5)
-    return _Case(params, sequence_of(x, seed=3), carry)
+    return Case(params, sequence_of(x, seed=3), carry)
 
 
-def _layer_case(layer: Layer, xs: PyTree, params: PyTree) -> _Case:
+def layer_case(layer: Layer, xs: PyTree, params: PyTree) -> Case:
+    """Makes what a layer is run on, in float64."""
     xs = _wide(jnp.zeros((BATCH, TIME, 5)) if xs is None else xs)
     if any(leaf.shape[:2] != (BATCH, TIME) for leaf in jax.tree.leaves(xs)):
         raise ValueError(f"check_layer: xs must begin with [{BATCH}, {TIME}]")
     if params is None:
         params = moved(_wide(layer.init(jax.random.key(0), xs)), seed=1)
     carry = random_like(layer.init_carry(params, (BATCH,)), seed=2, scale=0.5)
-    return _Case(params, random_like(xs, seed=3), carry)
+    return Case(params, random_like(xs, seed=3), carry)
 
 
 Program = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
 def _projected(
-    program: Program, case: _Case, end: Any, smooth: PyTree
+    program: Program, case: Case, end: Any, smooth: PyTree
 ) -> tuple[Array, PyTree]:
     """Projects outputs on random directions, the final carry's scaled by ``end``."""
     out = program(*join(smooth, (case.params, case.xs, case.carry)))
@@ -279,7 +146,7 @@ def _dot(a: tuple, b: tuple) -> tuple[Array, ...]:
     return tuple(map(dot, a, b))
 
 
-class _Runner:
+class Runner:
     """Runs a subject, with gradients; one compile a direction serves all laws."""
 
     def __init__(
@@ -298,7 +165,7 @@ class _Runner:
     ) -> dict[str, PyTree]:
         """Returns outputs, the projected loss, and its gradients."""
         program = partial(self.call, **flags, **dict(options))
-        loss = partial(_projected, program, _Case(*case), end)
+        loss = partial(_projected, program, Case(*case), end)
         (value, (ys, carry)), grads = jax.value_and_grad(loss, has_aux=True)(
             smooth_leaves(case)
         )
@@ -307,13 +174,14 @@ class _Runner:
 
     def __call__(
         self,
-        case: _Case,
+        case: Case,
         *,
         mask: Array | None = None,
         resets: Array | None = None,
         end: float = 1.0,
         **options: Any,
     ) -> dict[str, PyTree]:
+        """Runs it compiled, the final carry's part of the loss scaled by ``end``."""
         flags = {"mask": jnp.ones((BATCH, TIME), bool) if mask is None else mask}
         if self.takes_resets:
             none = jnp.zeros((BATCH, TIME), bool)
@@ -355,7 +223,8 @@ def fill(xs: PyTree, mask: Array, value: float) -> PyTree:
     return _map(write, xs)
 
 
-def _check_padding(subject: Any, case: _Case, run: _Runner, **options: Any) -> None:
+def check_padding(subject: Any, case: Case, run: Runner, **options: Any) -> None:
+    """Padding is inert, and a row of length 0 returns its carry."""
     for mask in (holes(), right_padding()):
         zeros = fill(case.xs, mask, 0.0)
         clean = run(case.but(xs=zeros), mask=mask, **options)
@@ -363,14 +232,14 @@ def _check_padding(subject: Any, case: _Case, run: _Runner, **options: Any) -> N
             with law(f"{value} in the padding changes nothing", subject, run):
                 garbage = fill(case.xs, mask, value)
                 got = run(case.but(xs=garbage), mask=mask, **options)
-                _assert_close(got, clean)
+                assert_close(got, clean)
         with law("gradients are finite, and zero in the padding", subject, run):
             _assert_finite(clean)
-            _assert_close(fill(clean["d_xs"], mask, 0.0), clean["d_xs"])
+            assert_close(fill(clean["d_xs"], mask, 0.0), clean["d_xs"])
         with law("a row of length 0 returns its carry, in gradients too", subject, run):
-            _assert_close(_row(clean["carry"], 2), _row(case.carry, 2))
+            assert_close(_row(clean["carry"], 2), _row(case.carry, 2))
             directions = _directions((clean["ys"], clean["carry"]))
-            _assert_close(_row(clean["d_carry"], 2), _row(directions[1], 2))
+            assert_close(_row(clean["d_carry"], 2), _row(directions[1], 2))
 
 
 def _assert_finite(tree: PyTree) -> None:
@@ -379,7 +248,8 @@ def _assert_finite(tree: PyTree) -> None:
         assert finite, f"not finite at {jax.tree_util.keystr(path)}"
 
 
-def _check_chunks(subject: Any, case: _Case, run: _Runner) -> None:
+def check_chunks(subject: Any, case: Case, run: Runner) -> None:
+    """Chunks fed with the returned carry equal one pass."""
     with law("chunks equal the whole", subject, run):
         whole, carry, ys, half = run(case), case.carry, [], TIME // 2
         for start in range(0, TIME, half):
@@ -387,36 +257,37 @@ def _check_chunks(subject: Any, case: _Case, run: _Runner) -> None:
             y, carry = run.call(case.params, chunk, carry)
             ys.append(y)
         joined = jax.tree.map(lambda *a: jnp.concatenate(a, 1), *ys)
-        _assert_close((joined, carry), (whole["ys"], whole["carry"]))
+        assert_close((joined, carry), (whole["ys"], whole["carry"]))
 
 
-def _check_rows(
+def check_rows(
     subject: Any,
-    case: _Case,
-    run: _Runner,
+    case: Case,
+    run: Runner,
     take_rows: Callable[[PyTree, Array], PyTree] | None = None,
 ) -> None:
+    """A row depends on itself alone, wherever it stands."""
     order, mask = jnp.array([2, 0, 1]), holes()
 
-    def rows(chosen: Array) -> _Case:
+    def rows(chosen: Array) -> Case:
         xs, carry = _map(lambda x: x[chosen], (case.xs, case.carry))
         params = case.params if take_rows is None else take_rows(case.params, chosen)
-        return _Case(params, xs, carry)
+        return Case(params, xs, carry)
 
     with law("rows are independent", subject, run):
         out = run(case, mask=mask)
         permuted = run(rows(order), mask=mask[order])
         expected = _map(lambda x: x[order], (out["ys"], out["carry"]))
-        _assert_close((permuted["ys"], permuted["carry"]), expected)
+        assert_close((permuted["ys"], permuted["carry"]), expected)
         one = rows(jnp.array([0]))
         alone, _ = run.call(one.params, one.xs, one.carry)
-        _assert_close(_row(alone, 0), _row(run(case)["ys"], 0))
+        assert_close(_row(alone, 0), _row(run(case)["ys"], 0))
 
 
-def _check_resets(
+def check_resets(
     subject: Any,
-    case: _Case,
-    run: _Runner,
+    case: Case,
+    run: Runner,
     init_carry: Callable[[PyTree, tuple[int, ...]], PyTree],
     **options: Any,
 ) -> None:
@@ -436,18 +307,20 @@ def _check_resets(
         whole = run(case, mask=mask, resets=resets, **options)
         first = run(case, mask=old & mask, end=0.0, **options)
         second = run(case.but(carry=fresh), mask=new & mask, **options)
-        _assert_close(whole["ys"], where_rows(old, first["ys"], second["ys"]))
-        _assert_close(whole["carry"], second["carry"])
-        _assert_close(whole["d_carry"], first["d_carry"])
+        assert_close(whole["ys"], where_rows(old, first["ys"], second["ys"]))
+        assert_close(whole["carry"], second["carry"])
+        assert_close(whole["d_carry"], first["d_carry"])
         # A learned fresh carry has a gradient from every reset.
         learned = to_params(second["d_carry"])[0]
         parts = (first["d_params"], second["d_params"], learned)
-        _assert_close(whole["d_params"], jax.tree.map(lambda *g: sum(g), *parts))
+        assert_close(whole["d_params"], jax.tree.map(lambda *g: sum(g), *parts))
         both = jax.tree.map(jnp.add, first["d_xs"], second["d_xs"])
-        _assert_close(whole["d_xs"], both)
+        assert_close(whole["d_xs"], both)
 
 
-def _check_vmap(subject: Any, case: _Case, run: _Runner) -> None:
+def check_vmap(subject: Any, case: Case, run: Runner) -> None:
+    """``vmap`` over params and inputs equals a loop."""
+
     def scaled(scale: float) -> PyTree:
         parts = (case.params, case.xs, case.carry)
         return _map(lambda x: x * scale if is_inexact(x) else x, parts)
@@ -461,10 +334,10 @@ def _check_vmap(subject: Any, case: _Case, run: _Runner) -> None:
         stacked = jax.tree.map(lambda *a: jnp.stack(a), *cases)
         together = jax.jit(jax.vmap(gradient))(*stacked)
         for i, parts in enumerate(cases):
-            _assert_close(_row(together, i), run(_Case(*parts)))
+            assert_close(_row(together, i), run(Case(*parts)))
 
 
-def _check_derivatives(subject: Any, case: _Case, run: _Runner) -> None:
+def check_derivatives(subject: Any, case: Case, run: Runner) -> None:
     """Compares directional derivatives with central differences, to second order."""
     parts = (case.params, case.xs, case.carry)
     flags = {"mask": holes()}
@@ -476,7 +349,7 @@ def _check_derivatives(subject: Any, case: _Case, run: _Runner) -> None:
     def at(step: float) -> dict[str, PyTree]:
         shifted = jax.tree.map(lambda p, d: p + step * d, smooth_leaves(parts), along)
         return run(
-            _Case(*join(shifted, parts)),
+            Case(*join(shifted, parts)),
             mask=flags["mask"],
             resets=flags.get("resets"),
         )
@@ -500,7 +373,8 @@ def _check_derivatives(subject: Any, case: _Case, run: _Runner) -> None:
         close(sum(_dot(second, along), jnp.zeros(())), difference)
 
 
-def _check_config(subject: Any) -> None:
+def check_config(subject: Any) -> None:
+    """A copy is equal, and has the same hash."""
     with law("a config is hashable and equal by value", subject):
         again = copy_of(subject)
         assert again == subject, "a copy differs"
@@ -515,32 +389,35 @@ def copy_of(config: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _CountedCell:
+class CountedCell:
     """A cell that counts how often it is traced; equal by value."""
 
     subject: Any
     traces: list[int] = dataclasses.field(compare=False)
 
     def init(self, key: Array, x: PyTree) -> PyTree:
+        """Makes the subject's params."""
         return self.subject.init(key, x)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "subject"), name)
 
     def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> PyTree:
+        """Counts, since every trace makes a fresh carry."""
         self.traces.append(1)
         return self.subject.init_carry(params, batch_shape)
 
 
-class _CountedLayer(_CountedCell):
+class CountedLayer(CountedCell):
     """A layer that counts how often it is traced."""
 
     def apply(self, *args: Any, **masking: Any) -> tuple[PyTree, PyTree]:
+        """Counts, and runs the subject."""
         self.traces.append(1)
         return self.subject.apply(*args, **masking)
 
 
-def _check_traces(
+def check_traces(
     subject: Any,
     counted: Callable[[list[int]], Any],
     make_call: Callable[[Any], Callable[..., Any]],
@@ -555,31 +432,26 @@ def _check_traces(
         assert once, "it was not traced at all"
         make_call(counted(traces))(*args)
         assert len(traces) == once, f"traced {len(traces)} times, expected {once}"
-        _assert_close(eager[0], compiled)
+        assert_close(eager[0], compiled)
 
 
 # The laws of a cell alone.
 
 
-def _check_step(cell: Any, case: _Case) -> None:
-    params, xs = prepare(cell, case.params, case.xs)
-    x = _map(lambda leaf: leaf[:, 0], xs)
-    fresh = cell.init_carry(case.params, (BATCH,))
-    with law("every carry leaf begins with the batch", cell):
-        for leaf in jax.tree.leaves(fresh):
-            assert leaf.shape[:1] == (BATCH,), f"got a leaf of shape {leaf.shape}"
-    with law("a step returns a carry of the type it was given", cell):
-        new, _ = cell.step(params, fresh, x)
-        chex.assert_trees_all_equal_shapes_and_dtypes(new, fresh)
+def check_parts(cell: Any, case: Case) -> None:
+    """The gated form equals the step."""
     if gated(cell):
+        params, xs = prepare(cell, case.params, case.xs)
+        x = _map(lambda leaf: leaf[:, 0], xs)
         with law("step(p, c, x) == update(p, c, zx, mix(p, c, zx))", cell):
             zx = cell.project(params, x)
             zh = cell.mix(params, case.carry, zx)
             parts = cell.update(params, case.carry, zx, zh)
-            _assert_close(parts, cell.step(params, case.carry, x))
+            assert_close(parts, cell.step(params, case.carry, x))
 
 
-def _check_python_loop(cell: Any, case: _Case, run: _Runner) -> None:
+def check_python_loop(cell: Any, case: Case, run: Runner) -> None:
+    """Unrolling equals stepping in Python."""
     params, xs = prepare(cell, case.params, case.xs)
     carry, steps, step = case.carry, [], jax.jit(cell.step)
     for t in range(TIME):
@@ -588,43 +460,46 @@ def _check_python_loop(cell: Any, case: _Case, run: _Runner) -> None:
     ys, carries = jax.tree.map(lambda *a: jnp.stack(a, 1), *steps)
     with law("unrolling equals a Python loop", cell, run):
         got = run.call(case.params, case.xs, case.carry, return_carries=True)
-        _assert_close(got, (ys, carry, carries))
+        assert_close(got, (ys, carry, carries))
 
 
-def _check_reverse(cell: Any, case: _Case, run: _Runner) -> None:
+def check_reverse(cell: Any, case: Case, run: Runner) -> None:
+    """Running in reverse equals flipping, running and flipping back."""
     mask, flip = holes(), partial(_map, lambda x: jnp.flip(x, 1))
     with law("reverse equals flipping", cell, run):
         back = run(case, reverse=True, mask=mask)
         flipped = run(case.but(xs=flip(case.xs)), mask=flip(mask))
         expected = (flip(flipped["ys"]), flipped["carry"])
-        _assert_close((back["ys"], back["carry"]), expected)
+        assert_close((back["ys"], back["carry"]), expected)
 
 
 # The laws of a layer alone.
 
 
-def _check_lengths(layer: Layer, case: _Case, run: _Runner) -> None:
+def check_lengths(layer: Layer, case: Case, run: Runner) -> None:
+    """Lengths equal their mask, before and after ``retime``."""
     lengths = jnp.array([4, TIME, 0])
     with law("lengths equal the mask that they stand for", layer):
         by_mask = run(case, mask=right_padding())
         ys, carry = layer.apply(case.params, case.xs, case.carry, lengths=lengths)
-        _assert_close((ys, carry), (by_mask["ys"], by_mask["carry"]))
+        assert_close((ys, carry), (by_mask["ys"], by_mask["carry"]))
     with law("no mask equals a mask of valid steps", layer):
         ys, carry = layer.apply(case.params, case.xs, case.carry)
         full = run(case)
-        _assert_close((ys, carry), (full["ys"], full["carry"]))
+        assert_close((ys, carry), (full["ys"], full["carry"]))
     with law("outputs are zero where retime says that they are not valid", layer):
         after = jnp.asarray(retime(layer, lengths, None, None)[0])
         _, mask, _ = retime(layer, None, right_padding(), None)
         time = jax.tree.leaves(by_mask["ys"])[0].shape[1]
         valid = jnp.arange(time, dtype=after.dtype)[None, :] < after[:, None]
-        _assert_close(mask, valid)
-        _assert_close(fill(by_mask["ys"], valid, 0.0), by_mask["ys"])
+        assert_close(mask, valid)
+        assert_close(fill(by_mask["ys"], valid, 0.0), by_mask["ys"])
 
 
-def _check_causal(layer: Layer, case: _Case, run: _Runner, causal: bool) -> None:
+def check_causal(layer: Layer, case: Case, run: Runner, causal: bool) -> None:
+    """A causal layer streams; another one sees ahead."""
     if causal:
-        _check_chunks(layer, case, run)
+        check_chunks(layer, case, run)
         return
     with law("a layer that is not causal depends on the future", layer):
         ahead = jnp.zeros((BATCH, TIME), bool).at[:, 1:].set(True)
@@ -635,9 +510,10 @@ def _check_causal(layer: Layer, case: _Case, run: _Runner, causal: bool) -> None
         assert changed, "its first output does not; say causal = True"
 
 
-def _check_layer_resets(layer: Layer, case: _Case, run: _Runner) -> None:
+def check_layer_resets(layer: Layer, case: Case, run: Runner) -> None:
+    """Resets equal separate sequences, in both directions."""
     if is_causal(layer):
-        _check_resets(layer, case, run, layer.init_carry)
+        check_resets(layer, case, run, layer.init_carry)
         return
     # The two directions enter a segment from its two ends, so let both be fresh.
     fresh = layer.init_carry(case.params, (BATCH,))
@@ -646,4 +522,4 @@ def _check_layer_resets(layer: Layer, case: _Case, run: _Runner) -> None:
     with law("resets equal separate sequences", layer):
         whole = run(case.but(carry=fresh), resets=resets)
         parts = [run(case.but(carry=fresh), mask=m)["ys"] for m in (before, ~before)]
-        _assert_close(whole["ys"], where_rows(before, *parts))
+        assert_close(whole["ys"], where_rows(before, *parts))
