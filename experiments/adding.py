@@ -92,6 +92,7 @@ def fit_one(
         answer, _ = model.apply(params, batch["xs"])
         return train.squared_error(answer[:, 0], batch["answer"]), train.Aux({})
 
+    shared = train.data_parallel(loss_fn, config.devices)
     tx = train.adamw(
         config.learning_rate,
         num_steps=config.num_steps,
@@ -104,7 +105,7 @@ def fit_one(
     print(f"{name}, T = {length}, {cell!r}")
     report = train.fit(
         train.create_state(params, tx),
-        train.make_train_step(loss_fn, tx),
+        train.make_train_step(shared, tx),
         batches,
         num_steps=config.num_steps,
         hooks=[
@@ -114,7 +115,7 @@ def fit_one(
         log_every=max(config.num_steps // 100, 1),
     )
     test = stream(config.seed + 1_000_000 + length, config.test_size, length)
-    eval_step = train.make_eval_step(loss_fn)
+    eval_step = train.make_eval_step(shared)
     score = train.evaluate(eval_step, report.state.params, [next(test)])
     return score["loss"]
 

@@ -132,6 +132,7 @@ def main(config: Config) -> dict:
         )
         return loss, train.Aux({"bits": train.bits(loss)}, carry)
 
+    shared = train.data_parallel(loss_fn, config.devices)
     shape = {"batch_size": config.batch_size, "length": config.length}
     lanes = data.lanes(ids, segment=config.segment, seed=config.seed, **shape)
     scoring = data.scoring_lanes(held_out, **shape)
@@ -151,10 +152,10 @@ def main(config: Config) -> dict:
         carry=model.init_carry(params, (config.batch_size,)),
     )
     every = max(config.num_steps // 8, 1)
-    eval_step = train.make_eval_step(loss_fn)
+    eval_step = train.make_eval_step(shared)
     report = train.fit(
         state,
-        train.make_train_step(loss_fn, tx),
+        train.make_train_step(shared, tx),
         lanes.repeat(),
         num_steps=config.num_steps,
         hooks=[

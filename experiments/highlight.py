@@ -122,6 +122,7 @@ def fit_one(
         right = train.accuracy(logits, classes, lengths=lengths)
         return loss, train.Aux({"accuracy": right})
 
+    shared = train.data_parallel(loss_fn, config.devices)
     tx = train.adamw(
         config.learning_rate,
         num_steps=config.num_steps,
@@ -134,12 +135,12 @@ def fit_one(
     batches = data.batches(
         training, batch_size=size, seed=config.seed, drop_remainder=True
     )
-    eval_step = train.make_eval_step(loss_fn)
+    eval_step = train.make_eval_step(shared)
     print(f"{name}, {count(model):,} parameters: {model!r}")
     metrics = workdir.path / f"metrics_{name.lower()}.jsonl"
     report = train.fit(
         train.create_state(params, tx),
-        train.make_train_step(loss_fn, tx),
+        train.make_train_step(shared, tx),
         batches.repeat(),
         num_steps=config.num_steps,
         hooks=[

@@ -382,8 +382,8 @@ IRREGULAR = (
     ids=lambda value: repr(value) if hasattr(value, "step") else "",
 )
 def test_cell_obeys_the_laws(cell, x):
-    # The built-in cells, and one of these, are checked on both loops.
-    implementations = None if isinstance(cell, MGU) else ("fused",)
+    # Both loops are checked with the built-in cells.
+    implementations = ("fused",) if jlstm.gated(cell) else ("scan",)
     check_cell(cell, x, implementations=implementations)
 
 

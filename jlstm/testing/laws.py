@@ -139,9 +139,9 @@ def _directions(out: tuple[PyTree, PyTree]) -> PyTree:
 def _dot(a: tuple, b: tuple) -> tuple[Array, ...]:
     """Inner products, one an entry of the tuples."""
 
-    def dot(a: PyTree, b: PyTree) -> Array:
+    def dot(a: PyTree, b: PyTree) -> Any:
         products = jax.tree.map(lambda x, y: (x * y).sum(), a, b)
-        return sum(jax.tree.leaves(products), jnp.zeros(()))
+        return sum(jax.tree.leaves(products), start=jnp.float64(0.0))
 
     return tuple(map(dot, a, b))
 
@@ -188,7 +188,14 @@ class Runner:
             flags["resets"] = none if resets is None else resets
         hashable = tuple(sorted(options.items()))
         parts = (case.params, case.xs, case.carry)
-        return self._jitted(parts, flags, jnp.float64(end), options=hashable)
+        out = self._jitted(parts, flags, jnp.float64(end), options=hashable)
+        # Compared by NumPy, which need not compile.
+        return jax.tree.map(_to_numpy, out)
+
+
+def _to_numpy(leaf: Array) -> Any:
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return leaf if is_key else np.asarray(leaf)
 
 
 # Laws that cells and layers share.
@@ -347,7 +354,10 @@ def check_derivatives(subject: Any, case: Case, run: Runner) -> None:
     epsilon = 1e-5
 
     def at(step: float) -> dict[str, PyTree]:
-        shifted = jax.tree.map(lambda p, d: p + step * d, smooth_leaves(parts), along)
+        def shift(leaf: Array, direction: Array) -> Any:
+            return np.asarray(leaf) + step * np.asarray(direction)
+
+        shifted = jax.tree.map(shift, smooth_leaves(parts), along)
         return run(
             Case(*join(shifted, parts)),
             mask=flags["mask"],

@@ -26,6 +26,7 @@ from jlstm.train.losses import (
     squared_error,
 )
 from jlstm.train.optimizers import adamw, make_schedule, sgd
+from jlstm.train.parallel import data_parallel
 from jlstm.train.plots import plot_metrics, read_jsonl
 from jlstm.train.script import Options, Workdir, describe, environment, run
 from jlstm.train.state import TrainState, create_state
@@ -53,6 +54,7 @@ __all__ = [
     "average",
     "bits",
     "create_state",
+    "data_parallel",
     "describe",
     "early_stopping",
     "environment",

@@ -18,6 +18,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -336,7 +337,7 @@ def _check_labels(
         labels = jnp.where(_expand(valid, labels.ndim), labels, 0)
     size = logits.shape[-1]
     if _is_concrete(labels) and labels.size:
-        low, high = int(jnp.min(labels)), int(jnp.max(labels))
+        low, high = _range(labels)
         if low < 0 or high >= size:
             raise ValueError(
                 f"{where}: labels must be in 0..{size - 1} where valid, got "
@@ -396,7 +397,7 @@ def _mask_from_lengths(where: str, shape: tuple[int, ...], lengths: Array) -> Ar
             f"got {type_name(lengths)} for shape {shape}"
         )
     if _is_concrete(lengths) and lengths.size:
-        low, high = int(jnp.min(lengths)), int(jnp.max(lengths))
+        low, high = _range(lengths)
         if low < 0 or high > shape[1]:
             raise ValueError(
                 f"{where}: lengths must be in 0..{shape[1]}, got "
@@ -404,6 +405,12 @@ def _mask_from_lengths(where: str, shape: tuple[int, ...], lengths: Array) -> Ar
             )
     steps = jax.lax.broadcasted_iota(lengths.dtype, (1, shape[1]), 1)
     return steps < lengths[:, None]
+
+
+def _range(x: Array) -> tuple[int, int]:
+    # By NumPy: inside a trace JAX would trace the minimum of a constant too.
+    values = np.asarray(x)
+    return int(values.min()), int(values.max())
 
 
 def _is_concrete(x: Array) -> bool:

@@ -60,6 +60,8 @@ class Options:
     """Folder for configuration, metrics, plots and result; none is kept without it."""
     seed: int = 0
     """Seed of all randomness."""
+    devices: int = 1
+    """Devices that share each batch; of a CPU, as many as it has cores at most."""
 
 
 ConfigT = TypeVar("ConfigT", bound=Options)
@@ -93,6 +95,9 @@ def run(
     """
     arguments = sys.argv[1:] if argv is None else argv
     config = _parse(presets, arguments)
+    if config.devices > 1:
+        # Read when JAX first touches a device, and by CPUs alone.
+        jax.config.update("jax_num_cpu_devices", config.devices)
     try:
         main(config)
     except (ValueError, OSError) as error:

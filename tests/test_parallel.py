@@ -1,0 +1,108 @@
+"""A batch over two devices gives what one device gives, whatever its size."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlstm
+from jlstm import train
+
+MODEL = jlstm.Tagger(jlstm.bidirectional(jlstm.LSTM(3)), 4)
+LANGUAGE = jlstm.LanguageModel(jlstm.RNN(jlstm.GRU(3)), 7, 3)
+KEY = jax.random.key(0)
+
+close = partial(chex.assert_trees_all_close, rtol=1e-9, atol=1e-12)
+
+
+def tag_loss(params, batch, *, key, carry):
+    logits, _ = MODEL.apply(params, batch["xs"], lengths=batch["lengths"])
+    loss = train.softmax_cross_entropy(logits, batch["tags"], lengths=batch["lengths"])
+    right = train.accuracy(logits, batch["tags"], lengths=batch["lengths"])
+    return loss, train.Aux({"accuracy": right, "norm": jnp.square(logits).mean()})
+
+
+def language_loss(params, batch, *, key, carry):
+    logits, carry = LANGUAGE.apply(params, batch["ids"], carry)
+    return train.softmax_cross_entropy(logits, batch["next"]), train.Aux({}, carry)
+
+
+def tags(rows: int, time: int = 6) -> dict:
+    draw = np.random.default_rng(rows)
+    return {
+        "xs": draw.standard_normal((rows, time, 2)),
+        "tags": draw.integers(0, 4, (rows, time)),
+        "lengths": draw.integers(0, time + 1, rows),
+    }
+
+
+@pytest.mark.parametrize("rows", [6, 5, 1])
+def test_loss_metrics_and_gradients_equal_one_device(rows):
+    with jax.enable_x64(True):
+        batch = jax.tree.map(jnp.asarray, tags(rows))
+        params = MODEL.init(KEY, batch["xs"])
+
+        def results(loss_fn):
+            def loss(params):
+                loss, aux = loss_fn(params, batch, key=None, carry=None)
+                return loss.value, (loss, aux.metrics)
+
+            return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+        close(results(train.data_parallel(tag_loss, 2)), results(tag_loss))
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+def test_training_with_a_carry_equals_one_device(rows):
+    with jax.enable_x64(True):
+        ids = np.random.default_rng(0).integers(0, 7, (5, rows, 4))
+        batches = [{"ids": part, "next": (part + 1) % 7} for part in ids]
+        params = LANGUAGE.init(KEY, jnp.zeros((1, 1), jnp.int32))
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+        tx = train.sgd(0.1)
+
+        def run(loss_fn):
+            carry = LANGUAGE.init_carry(params, (rows,))
+            state = train.create_state(params, tx, carry=carry)
+            step, metrics = train.make_train_step(loss_fn, tx), {}
+            for batch in batches:
+                state, metrics = step(state, batch)
+            eval_step = train.make_eval_step(loss_fn)
+            carry = LANGUAGE.init_carry(params, (rows,))
+            scores = train.evaluate(eval_step, state.params, batches, carry)
+            return state.params, state.carry, train.average([metrics]), scores
+
+        close(run(train.data_parallel(language_loss, 2)), run(language_loss))
+
+
+def test_each_device_draws_its_own_noise():
+    def noise(params, batch, *, key, carry):
+        drawn = jax.random.normal(key, batch.shape)
+        return train.Mean(params + drawn.sum(), batch.size), train.Aux({}, drawn)
+
+    run = train.data_parallel(noise, 2)
+    drawn = run(jnp.zeros(()), jnp.zeros(5), key=KEY, carry=None)[1].carry
+    assert len(set(drawn.tolist())) == 5
+    again = run(jnp.zeros(()), jnp.zeros(5), key=KEY, carry=None)[1].carry
+    chex.assert_trees_all_equal(drawn, again)
+
+
+def test_one_device_is_the_loss_itself():
+    assert train.data_parallel(tag_loss, 1) is tag_loss
+
+
+@pytest.mark.parametrize("devices", [0, 3, "2"])
+def test_devices_that_are_not_there_are_refused(devices):
+    with pytest.raises(ValueError, match=rf"data_parallel: .* 1\.\.2, .* {devices};"):
+        train.data_parallel(tag_loss, devices)
+
+
+def test_leaf_without_the_batch_is_refused_by_name():
+    batch = {**tags(4), "lengths": np.zeros(3, int)}
+    with pytest.raises(ValueError, match=r"batch\['lengths'\] \[3\], batch\['tags'\]"):
+        train.data_parallel(tag_loss, 2)({}, batch, key=None, carry=None)
