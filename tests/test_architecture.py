@@ -15,10 +15,15 @@ import pytest
 import jlstm
 
 ROOT = Path(__file__).parents[1]
-LEAVES = ("flax", "testing", "convert", "diagnostics", "__main__")
+LEAVES = ("flax", "testing", "convert", "diagnostics")
 # What a package of jlstm may import; "" stands for `import jlstm` itself.
 ORDER = ("types", "init", "cells", "kernels", "door", "layers", ("models", "decode"))
-FREE = {"train": {"train", "types"}, "data": {"data"}, "__init__": None}
+FREE = {
+    "train": {"train", "types"},
+    "data": {"data"},
+    "__init__": None,
+    "bench": None,
+}
 
 SIGNATURES = {
     "init_carry": ["params", "batch_shape"],
@@ -32,8 +37,12 @@ SIGNATURES = {
     "retime": ["lengths", "mask", "resets"],
 }
 OPTIONAL_PACKAGES = (
+    "equinox",
     "flax.nnx",
     "grain",
+    "haiku",
+    "jax.experimental.rnn",
+    "keras",
     "matplotlib",
     "orbax",
     "rich",
@@ -52,7 +61,8 @@ def allowed() -> dict[str, set[str] | None]:
         for name in names:
             table[name] = seen | {name}
         seen = seen | names
-    return table | {name: seen | {name} for name in LEAVES}
+    table |= {name: seen | {name} for name in LEAVES}
+    return table | {"__main__": {"bench"}}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -85,6 +95,14 @@ def test_imports_go_one_way(path):
             continue
         target = rest.partition(".")[0]
         assert target in may, f"{path}:{line}: imports jlstm.{target}"
+
+
+def test_imports_of_bench_are_of_the_command_line_alone():
+    for path in SOURCES:
+        if package(path) in ("bench", "__main__"):
+            continue
+        for line, name in imports(path):
+            assert not name.startswith("jlstm.bench"), f"{path}:{line}: imports {name}"
 
 
 def test_imports_of_the_data_package_are_free_of_jax():
@@ -163,11 +181,12 @@ def test_configs_are_frozen_dataclasses(config):
     assert config.__hash__ is not None
 
 
-def test_import_loads_no_optional_package():
+@pytest.mark.parametrize("module", ["jlstm", "jlstm.bench.run"])
+def test_import_loads_no_optional_package(module):
     code = (
         "import sys, jax, flax.struct, optax\n"
         "before = set(sys.modules)\n"
-        "import jlstm\n"
+        f"import {module}\n"
         f"found = set({OPTIONAL_PACKAGES!r}) & (set(sys.modules) - before)\n"
         "sys.exit(', '.join(sorted(found)) or 0)"
     )

@@ -1,0 +1,1 @@
+"""Times jlstm beside other libraries: ``python -m jlstm bench``."""
