@@ -17,7 +17,8 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlstm.cells.wrappers import prepare
-from jlstm.kernels import IMPLEMENTATIONS
+from jlstm.kernels import IMPLEMENTATIONS, Request
+from jlstm.kernels.request import UNKNOWN, may_be_sharded
 from jlstm.types import Array, Cell, PyTree, gated, where_rows, zero_rows
 
 # Where in a tree of layers the running call stands, for error messages.
@@ -87,7 +88,8 @@ def unroll(
       checkpoint_every: a gradient stores the carry once in so many steps, and computes
         the steps between again: less memory for some time. ``"sqrt"`` means the square
         root of T, the least memory; ``None`` stores every step.
-      implementation: ``"fused"`` or ``"scan"``; ``None`` chooses (see :func:`explain`).
+      implementation: ``"native"``, ``"fused"``, ``"cudnn"`` or ``"scan"``; ``None``
+        chooses (see :func:`explain`).
 
     Returns:
       ``(ys, carry)``: outputs ``[B, T, H]``; the carry after the last valid step, of a
@@ -113,10 +115,20 @@ def unroll(
         )
     lengths, mask, resets = as_arrays(lengths, mask, resets)
     _check_xs(cell, xs)
+    given_mask = mask
     mask = valid_steps(xs, lengths=lengths, mask=mask, resets=resets, where="unroll")
     _check_carry(cell, params, carry, jax.tree.leaves(xs)[0].shape[0])
-    name = choose(cell, implementation)
     check_checkpoint_every(checkpoint_every, "unroll")
+    request = _request(
+        (params, xs),
+        lengths,
+        given_mask,
+        resets,
+        reverse,
+        return_carries,
+        checkpoint_every,
+    )
+    name = choose(cell, implementation, request)
     if checkpoint_every == "sqrt":
         checkpoint_every = max(1, math.isqrt(jax.tree.leaves(xs)[0].shape[1]))
     return _unroll(
@@ -437,45 +449,92 @@ class Explanation:
         return "\n".join([f"{self.implementation} runs", *map(" ".join, self.others)])
 
 
-def explain(cell: Cell, *, implementation: str | None = None) -> Explanation:
+def explain(
+    cell: Cell,
+    xs: PyTree = None,
+    *,
+    lengths: Array | None = None,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    reverse: bool = False,
+    return_carries: bool = False,
+    checkpoint_every: int | Literal["sqrt"] | None = None,
+    implementation: str | None = None,
+) -> Explanation:
     """Says which implementation :func:`unroll` would run, and why not the others.
+
+    The arguments are those of :func:`unroll`; without ``xs``, dtypes that an
+    implementation supports are assumed.
 
     Raises:
       ValueError: the implementation is unknown.
       NotImplementedError: the named implementation cannot run this cell.
 
     Example:
-      >>> print(jlstm.explain(jlstm.LSTM(8)))
-      fused runs
-      scan can: fused comes first
+      >>> explanation = jlstm.explain(jlstm.Elman(8))
+      >>> explanation.implementation
+      'fused'
+      >>> dict(explanation.others)["scan"]
+      'can: fused comes first'
     """
     if hasattr(cell, "apply"):
         raise error(
             "explain", f"needs a cell, got the layer {cell!r}; see summary for layers"
         )
-    chosen = choose(cell, implementation)
+    request = _request(
+        xs, lengths, mask, resets, reverse, return_carries, checkpoint_every
+    )
+    chosen = choose(cell, implementation, request)
     others = []
     for name, kernel in IMPLEMENTATIONS.items():
         if name != chosen:
-            reason = kernel.why_not(cell)
+            reason = kernel.why_not(cell, request)
             first = f"{chosen} {'was named' if implementation else 'comes first'}"
             why = f"can: {first}" if reason is None else f"cannot: {reason}"
             others.append((name, why))
     return Explanation(chosen, tuple(others))
 
 
-def choose(cell: Cell, implementation: str | None) -> str:
+def _request(
+    arrays: PyTree,
+    lengths: Array | None,
+    mask: Array | None,
+    resets: Array | None,
+    reverse: bool,
+    return_carries: bool,
+    checkpoint_every: Any,
+) -> Request:
+    dtypes = frozenset(str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(arrays))
+    return Request(
+        platform=jax.default_backend(),
+        dtypes=dtypes or None,
+        mask="mask" if mask is not None else "" if lengths is None else "lengths",
+        resets=resets is not None,
+        reverse=reverse,
+        return_carries=return_carries,
+        checkpoint_every=checkpoint_every is not None,
+        sharded=may_be_sharded(),
+    )
+
+
+def able(cell: Cell, request: Request = UNKNOWN) -> list[str]:
+    """Names the implementations that can run a cell, in the order of choice."""
+    return [
+        n for n, kernel in IMPLEMENTATIONS.items() if not kernel.why_not(cell, request)
+    ]
+
+
+def choose(cell: Cell, implementation: str | None, request: Request = UNKNOWN) -> str:
     """Returns the name of the implementation to run; a named one never falls back."""
     gated(cell)  # refuses a half-defined form, whatever runs
     if implementation is None:
-        able = (name for name, k in IMPLEMENTATIONS.items() if not k.why_not(cell))
-        return next(able)
+        return able(cell, request)[0]
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(repr(name) for name in IMPLEMENTATIONS)
         raise error(
             "unroll", f"implementation must be one of {names}, got {implementation!r}"
         )
-    reason = IMPLEMENTATIONS[implementation].why_not(cell)
+    reason = IMPLEMENTATIONS[implementation].why_not(cell, request)
     if reason is not None:
         raise NotImplementedError(
             f"{implementation}: {reason}; use implementation='scan', or None to choose"

@@ -56,7 +56,7 @@ class Peephole:
 @pytest.fixture
 def one_batch(monkeypatch):
     """The steps of a block as one batch, as on one device; the suite has two."""
-    monkeypatch.setattr(fused, "_may_be_sharded", lambda: False)
+    monkeypatch.setattr(fused, "may_be_sharded", lambda: False)
 
 
 def results(kernel, cell, *, batch=BATCH, time=TIME, dtype=jnp.float64, **options):
@@ -93,7 +93,7 @@ kernels = pytest.mark.parametrize("kernel", [fused, scan])
 
 @cells
 def test_steps_taken_as_one_batch_give_the_gradients_of_scan(cell, one_batch):
-    assert not fused._may_be_sharded()
+    assert not fused.may_be_sharded()
     close(results(fused, cell), results(scan, cell))
 
 

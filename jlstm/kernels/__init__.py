@@ -1,13 +1,14 @@
 """One sequence, one cell: interchangeable loops, each tested against ``scan``.
 
 A kernel is a module with ``unroll``, of the signature of
-:func:`jlstm.kernels.scan.unroll`, and ``why_not(cell)``, which gives the reason why it
-cannot run a cell, or ``None``.
+:func:`jlstm.kernels.scan.unroll`, and ``why_not(cell, request)``, which gives the
+reason why it cannot run a cell as a :class:`Request` asks, or ``None``.
 """
 
-from jlstm.kernels import fused, scan
+from jlstm.kernels import cudnn, fused, native, scan
+from jlstm.kernels.request import Request
 
 # In the order in which they are chosen where none is named.
-IMPLEMENTATIONS = {"fused": fused, "scan": scan}
+IMPLEMENTATIONS = {"native": native, "fused": fused, "cudnn": cudnn, "scan": scan}
 
-__all__ = ["IMPLEMENTATIONS"]
+__all__ = ["IMPLEMENTATIONS", "Request"]

@@ -27,6 +27,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jlstm.kernels import scan
 from jlstm.kernels.blocks import Segment, near_divisor, segments, time_major
+from jlstm.kernels.request import Request, may_be_sharded
 from jlstm.types import (
     PARTS,
     Array,
@@ -46,8 +47,9 @@ from jlstm.types import (
 ROWS, STEPS = 512, 8
 
 
-def why_not(cell: Cell) -> str | None:
+def why_not(cell: Cell, request: Request) -> str | None:
     """Says why this loop cannot run a cell, or ``None`` if it can."""
+    del request
     if gated(cell):
         return None
     return f"{cell!r} has no gated form ({', '.join(PARTS)})"
@@ -339,19 +341,12 @@ def _over_steps(fun: Callable, params: PyTree, steps: PyTree) -> PyTree:
     def unflat(leaf: Array) -> Array:
         return leaf.reshape(*lead, *leaf.shape[1:])
 
-    if not _may_be_sharded():
+    if not may_be_sharded():
         try:
             return jax.tree.map(unflat, fun(params, jax.tree.map(flat, steps)))
         except (TypeError, ValueError):
             pass
     return jax.vmap(fun, in_axes=(None, 0))(params, steps)
-
-
-def _may_be_sharded() -> bool:
-    """Whether the batch may be cut over devices, so that a reshape would gather it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = bool(mesh.axis_names) and set(mesh.axis_names) == set(mesh.manual_axes)
-    return jax.device_count() > 1 and not manual
 
 
 # The loop.

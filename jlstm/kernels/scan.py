@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from jlstm.kernels.blocks import segments, time_major
+from jlstm.kernels.request import Request
 from jlstm.types import Array, Cell, PyTree, where_rows, zero_rows
 
 
-def why_not(cell: Cell) -> str | None:
+def why_not(cell: Cell, request: Request) -> str | None:
     """Says why this loop cannot run a cell: it always can."""
-    del cell
+    del cell, request
     return None
 
 

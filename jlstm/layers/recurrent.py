@@ -158,7 +158,7 @@ class RNN:
     Attributes:
       cell: any cell.
       reverse: runs from each row's last valid step to the first.
-      implementation: ``"fused"``, ``"scan"``, or ``None`` to choose.
+      implementation: of the loop, as of :func:`jlstm.unroll`; ``None`` chooses.
       policy: dtypes, see :class:`jlstm.Policy`.
       checkpoint_every: saves memory in training, see :func:`jlstm.unroll`.
 

@@ -75,9 +75,9 @@ def summary(layer: Layer, xs: PyTree) -> Summary:
       TypeError: a cell in the place of a layer.
 
     Example:
-      >>> print(jlstm.summary(jlstm.RNN(jlstm.LSTM(4)), jnp.ones((2, 5, 3))))
-      layer         output     params  carry bytes  implementation
-      RNN(LSTM(4))  [2, 5, 4]     128           64  fused
+      >>> print(jlstm.summary(jlstm.RNN(jlstm.Elman(4)), jnp.ones((2, 5, 3))))
+      layer          output     params  carry bytes  implementation
+      RNN(Elman(4))  [2, 5, 4]      32           32  fused
     """
     check_layer_field("summary", layer)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -96,7 +96,12 @@ def _summarise(row: Row, has_parts: bool) -> SummaryRow:
     params, carry = jax.tree.leaves(row.params), jax.tree.leaves(row.carry)
     implementation = ""
     if isinstance(row.layer, RNN):
-        implementation = door.choose(row.layer.cell, row.layer.implementation)
+        implementation = door.explain(
+            row.layer.cell,
+            (row.params, row.ys),
+            checkpoint_every=row.layer.checkpoint_every,
+            implementation=row.layer.implementation,
+        ).implementation
     return SummaryRow(
         path=row.path,
         # The parts of a layer have rows of their own.

@@ -7,8 +7,8 @@ from functools import partial
 
 import jax
 
-from jlstm.door import unroll
-from jlstm.kernels import IMPLEMENTATIONS
+from jlstm.door import able, unroll
+from jlstm.kernels import Request
 from jlstm.layers.compose import is_causal, stack
 from jlstm.testing import laws, mistakes
 from jlstm.types import Array, Cell, Layer, PyTree, gated
@@ -56,8 +56,7 @@ def check_cell(
     mistakes.check_is_cell(cell)
     gated(cell)  # refuses a half-defined form
     if implementations is None:
-        able = (n for n, kernel in IMPLEMENTATIONS.items() if not kernel.why_not(cell))
-        implementations = tuple(able)
+        implementations = tuple(able(cell, Request(dtypes=frozenset({"float64"}))))
     with jax.enable_x64(True):
         case = laws.cell_case(cell, x, params)
         rows_in_params = take_rows is not None

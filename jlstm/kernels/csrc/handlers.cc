@@ -1,0 +1,249 @@
+// The door from XLA: takes buffers, shares rows among the threads of XLA's own pool.
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "recurrence.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jlstm {
+
+extern const Loops kPortable;
+#ifdef JLSTM_X86
+extern const Loops kAvx2, kAvx512;
+#endif
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+// The best that the processor has, unless JLSTM_LOOPS names one.
+const Loops& choose() {
+  const char* name = std::getenv("JLSTM_LOOPS");
+  const std::string named = name == nullptr ? "" : name;
+#ifdef JLSTM_X86
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f");
+  if (avx512 && (named.empty() || named == "avx512")) return kAvx512;
+  if (avx2 && (named.empty() || named == "avx2")) return kAvx2;
+#endif
+  return kPortable;
+}
+
+const Loops& loops() {
+  static const Loops& chosen = choose();
+  return chosen;
+}
+
+// Runs f(0) .. f(count - 1) on the pool. The caller takes part, so that it ends even if
+// no other thread is free; it waits only for what others have begun.
+template <typename F>
+void share(ffi::ThreadPool& pool, int64_t count, const F& f) {
+  struct State {
+    std::atomic<int64_t> next{0};
+    std::mutex mutex;
+    std::condition_variable ended;
+    int64_t done = 0;
+  };
+  auto state = std::make_shared<State>();
+  auto work = [state, count, &f] {
+    for (int64_t i; (i = state->next++) < count;) {
+      f(i);
+      std::lock_guard<std::mutex> lock(state->mutex);
+      if (++state->done == count) state->ended.notify_all();
+    }
+  };
+  for (int64_t i = 1; i < count; ++i) pool.Schedule(decltype(work)(work));
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->ended.wait(lock, [&] { return state->done == count; });
+}
+
+// The rows that each thread takes, with about as many steps for each.
+std::vector<std::vector<int64_t>> deal(const Shape& s, const bool* mask,
+                                       int64_t threads) {
+  std::vector<int64_t> rows(s.B), steps(s.B, s.T);
+  std::iota(rows.begin(), rows.end(), 0);
+  if (mask != nullptr) {
+    for (int64_t b = 0; b < s.B; ++b) {
+      steps[b] = std::count(mask + b * s.T, mask + (b + 1) * s.T, true);
+    }
+    std::stable_sort(rows.begin(), rows.end(),
+                     [&](int64_t a, int64_t b) { return steps[a] > steps[b]; });
+  }
+  const int64_t hands = std::max<int64_t>(1, std::min(threads, s.B));
+  std::vector<std::vector<int64_t>> dealt(hands);
+  std::vector<int64_t> total(hands, 0);
+  for (int64_t row : rows) {
+    const auto least = std::min_element(total.begin(), total.end()) - total.begin();
+    dealt[least].push_back(row);
+    total[least] += steps[row];
+  }
+  return dealt;
+}
+
+using Buffer = ffi::Buffer<ffi::F32>;
+using Booleans = ffi::Buffer<ffi::PRED>;
+using Result = ffi::Result<Buffer>;
+
+template <typename B>
+auto data(B& buffer) {
+  return buffer.element_count() ? buffer.typed_data() : nullptr;
+}
+
+Flags flags_of(Booleans& mask, Booleans& resets, bool reverse) {
+  return {data(mask), data(resets), reverse};
+}
+
+std::unique_ptr<float[]> pack(ffi::ThreadPool& pool, Cell cell, const Shape& s,
+                              bool backward, const float* w_ih, const float* w_hh) {
+  const int64_t size = loops().packed_size(cell, s, backward, w_ih == nullptr);
+  std::unique_ptr<float[]> packed(new float[size]);
+  const int64_t panels = loops().panels(cell, s, backward);
+  const int64_t parts = std::min(panels, pool.num_threads());
+  share(pool, parts, [&](int64_t part) {
+    for (int64_t p = part; p < panels; p += parts) {
+      loops().pack(cell, s, backward, w_ih, w_hh, p, packed.get());
+    }
+  });
+  return packed;
+}
+
+ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
+                   Buffer bias, Buffer bias_n, Buffer h0, Buffer c0, Buffer fresh_h,
+                   Buffer fresh_c, Booleans mask, Booleans resets, Result ys, Result h,
+                   Result c, Result gates, Result before_c, bool gru,
+                   bool reverse) {
+  const auto x = xs.dimensions();
+  const Shape s{x[0], x[1], x[2], w_hh.dimensions()[0]};
+  const Cell cell = gru ? Cell::kGru : Cell::kLstm;
+  const bool projected = w_ih.element_count() == 0;
+  const Forward io{data(xs),  projected,      data(bias),      data(bias_n),
+                   data(h0),  data(c0),       data(fresh_h),   data(fresh_c),
+                   data(*ys), data(*h),       data(*c),        data(*gates),
+                   data(*before_c)};
+  const Flags flags = flags_of(mask, resets, reverse);
+  const auto packed = pack(pool, cell, s, false, data(w_ih), data(w_hh));
+  const auto dealt = deal(s, flags.mask, pool.num_threads());
+  share(pool, dealt.size(), [&](int64_t i) {
+    loops().forward(cell, s, flags, io, packed.get(), dealt[i].data(), dealt[i].size());
+  });
+  return ffi::Error::Success();
+}
+
+// Adds parts [count, size], of which the first is the sum, a stretch on each thread.
+void add(ffi::ThreadPool& pool, float* sum, const float* parts, int64_t count,
+         int64_t size) {
+  constexpr int64_t kStretch = 1 << 14;
+  share(pool, (size + kStretch - 1) / kStretch, [&](int64_t stretch) {
+    const int64_t end = std::min(size, (stretch + 1) * kStretch);
+    for (int64_t part = 0; part < count; ++part) {
+      for (int64_t i = stretch * kStretch; i < end; ++i) sum[i] += parts[part * size + i];
+    }
+  });
+}
+
+ffi::Error backward(ffi::ThreadPool pool, Buffer w_hh, Buffer xs, Buffer ys, Buffer h0,
+                    Buffer fresh_h, Buffer gates, Buffer before_c, Buffer dys,
+                    Buffer dh, Buffer dc, Booleans mask, Booleans resets, Result dz,
+                    Result dw_ih, Result dw_hh, Result dbias, Result dh0, Result dc0,
+                    Result dfresh_h, Result dfresh_c, bool gru, bool reverse) {
+  const auto x = xs.dimensions();
+  const Shape s{x[0], x[1], x[2], w_hh.dimensions()[0]};
+  const Cell cell = gru ? Cell::kGru : Cell::kLstm;
+  const Backward io{data(xs),   data(ys),   data(h0),        data(fresh_h),
+                    data(gates), data(before_c), data(dys),   data(dh),
+                    data(dc),   data(*dz),  data(*dh0),      data(*dc0),
+                    data(*dfresh_h), data(*dfresh_c)};
+  const Flags flags = flags_of(mask, resets, reverse);
+  const auto packed = pack(pool, cell, s, true, nullptr, data(w_hh));
+  const auto dealt = deal(s, flags.mask, pool.num_threads());
+
+  // The first thread adds to the results, the others to sums of their own, which are
+  // added in their order, so that a number of threads has one result.
+  const int64_t sizes[] = {static_cast<int64_t>(dw_ih->element_count()),
+                           static_cast<int64_t>(dw_hh->element_count()),
+                           static_cast<int64_t>(dbias->element_count())};
+  float* const results[] = {data(*dw_ih), data(*dw_hh), data(*dbias)};
+  const int64_t others = dealt.size() - 1;
+  std::vector<float> own[3];
+  for (int i = 0; i < 3; ++i) {
+    std::fill_n(results[i], sizes[i], 0.0f);
+    own[i].resize(others * sizes[i]);
+  }
+  const auto sum = [&](int64_t thread, int i) {
+    return thread ? own[i].data() + (thread - 1) * sizes[i] : results[i];
+  };
+  // Where rows are too few for the threads, they share the gradients of weights.
+  const auto run = [](void* on, int64_t count, void (*work)(void*, int64_t),
+                      void* self) {
+    share(*static_cast<ffi::ThreadPool*>(on), count,
+          [&](int64_t i) { work(self, i); });
+  };
+  const bool few = static_cast<int64_t>(dealt.size()) < pool.num_threads();
+  const Each each{&pool, few ? +run : nullptr};
+  share(pool, dealt.size(), [&](int64_t i) {
+    const Sums to{sum(i, 0), sum(i, 1), sum(i, 2)};
+    loops().backward(cell, s, flags, io, to, each, packed.get(), dealt[i].data(),
+                     dealt[i].size());
+  });
+  for (int i = 0; i < 3; ++i) add(pool, results[i], own[i].data(), others, sizes[i]);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jlstm
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_forward, jlstm::forward,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jlstm::Buffer>()  // xs
+                                  .Arg<jlstm::Buffer>()  // w_ih
+                                  .Arg<jlstm::Buffer>()  // w_hh
+                                  .Arg<jlstm::Buffer>()  // bias
+                                  .Arg<jlstm::Buffer>()  // bias_n
+                                  .Arg<jlstm::Buffer>()  // h0
+                                  .Arg<jlstm::Buffer>()  // c0
+                                  .Arg<jlstm::Buffer>()  // fresh_h
+                                  .Arg<jlstm::Buffer>()  // fresh_c
+                                  .Arg<jlstm::Booleans>()  // mask
+                                  .Arg<jlstm::Booleans>()  // resets
+                                  .Ret<jlstm::Buffer>()  // ys
+                                  .Ret<jlstm::Buffer>()  // h
+                                  .Ret<jlstm::Buffer>()  // c
+                                  .Ret<jlstm::Buffer>()  // gates
+                                  .Ret<jlstm::Buffer>()  // before_c
+                                  .Attr<bool>("gru")
+                                  .Attr<bool>("reverse"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_backward, jlstm::backward,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jlstm::Buffer>()  // w_hh
+                                  .Arg<jlstm::Buffer>()  // xs
+                                  .Arg<jlstm::Buffer>()  // ys
+                                  .Arg<jlstm::Buffer>()  // h0
+                                  .Arg<jlstm::Buffer>()  // fresh_h
+                                  .Arg<jlstm::Buffer>()  // gates
+                                  .Arg<jlstm::Buffer>()  // before_c
+                                  .Arg<jlstm::Buffer>()  // dys
+                                  .Arg<jlstm::Buffer>()  // dh
+                                  .Arg<jlstm::Buffer>()  // dc
+                                  .Arg<jlstm::Booleans>()  // mask
+                                  .Arg<jlstm::Booleans>()  // resets
+                                  .Ret<jlstm::Buffer>()  // dz
+                                  .Ret<jlstm::Buffer>()  // dw_ih
+                                  .Ret<jlstm::Buffer>()  // dw_hh
+                                  .Ret<jlstm::Buffer>()  // dbias
+                                  .Ret<jlstm::Buffer>()  // dh0
+                                  .Ret<jlstm::Buffer>()  // dc0
+                                  .Ret<jlstm::Buffer>()  // dfresh_h
+                                  .Ret<jlstm::Buffer>()  // dfresh_c
+                                  .Attr<bool>("gru")
+                                  .Attr<bool>("reverse"));

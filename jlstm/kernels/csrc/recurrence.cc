@@ -1,0 +1,640 @@
+// One translation unit for each set of instructions: the compiler is told which by its
+// options, and JLSTM_LOOPS is the name under which it is found.
+#include "recurrence.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace jlstm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t W = 16;
+constexpr int kAccumulators = 24;
+#elif defined(__AVX2__)
+constexpr int64_t W = 8;
+constexpr int kAccumulators = 12;
+#elif defined(__aarch64__)
+constexpr int64_t W = 4;
+constexpr int kAccumulators = 24;
+#else
+constexpr int64_t W = 4;
+constexpr int kAccumulators = 12;
+#endif
+constexpr int kMostRows = 8;
+constexpr int kMostVectors = 4;
+
+typedef float Vec __attribute__((vector_size(W * sizeof(float))));
+
+#define INLINE inline __attribute__((always_inline))
+
+// Nothing here may be shared with a unit for other instructions, as templates of the
+// standard library would be.
+template <typename T>
+constexpr T least(T a, T b) {
+  return a < b ? a : b;
+}
+
+INLINE void copy(const float* from, int64_t n, float* to) {
+  std::memcpy(to, from, n * sizeof(float));
+}
+
+INLINE void clear(float* to, int64_t n) { std::memset(to, 0, n * sizeof(float)); }
+
+// Zeros, on the boundary of a cache line.
+template <typename T>
+class Zeros {
+ public:
+  explicit Zeros(int64_t n) {
+    const size_t bytes = (n * sizeof(T) + 127) / 64 * 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (data_ == nullptr) std::abort();
+    std::memset(data_, 0, bytes);
+  }
+  ~Zeros() { std::free(data_); }
+  Zeros(const Zeros&) = delete;
+  Zeros& operator=(const Zeros&) = delete;
+  T* at(int64_t i) const { return data_ + i; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+INLINE int64_t vectors(int64_t size) { return (size + W - 1) / W; }
+
+INLINE Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+INLINE void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+// The first n lanes; the others are zero.
+INLINE Vec load(const float* from, int64_t n) {
+  if (n >= W) return load(from);
+  Vec v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = from[i];
+  return v;
+}
+
+INLINE void store(float* to, Vec v, int64_t n) {
+  if (n >= W) return store(to, v);
+  for (int64_t i = 0; i < n; ++i) to[i] = v[i];
+}
+
+// A rational function in x^2, fitted to the least relative error on [-8, 8], where tanh
+// is 1 in float32: 3e-7 with rounding.
+INLINE Vec tanh(Vec x) {
+  const Vec most = Vec{} + 8.0f;
+  x = x > most ? most : x;
+  x = x < -most ? -most : x;
+  Vec u = x * x;
+  Vec p = u * 1.523041959217153e-08f + 2.1894664314459078e-05f;
+  p = p * u + 0.0035715983249247074f;
+  p = p * u + 0.1344449818134308f;
+  p = p * u + 1.0f;
+  Vec q = u * 8.522447956238466e-07f + 0.00034112922730855644f;
+  q = q * u + 0.026164444163441658f;
+  q = q * u + 0.4677782654762268f;
+  q = q * u + 1.0f;
+  return x * p / q;
+}
+
+INLINE Vec sigmoid(Vec x) { return tanh(x * 0.5f) * 0.5f + 0.5f; }
+
+// acc[r] += rows[r][k] * weights[k], with weights [count, N, W]. The last of the N
+// vectors goes to acc[r][Last].
+template <int R, int N, int Last, int A>
+INLINE void multiply(const float* const* rows, const float* weights, int64_t count,
+                     Vec (&acc)[R][A]) {
+  for (int64_t k = 0; k < count; ++k, weights += N * W) {
+    Vec w[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) w[n] = load(weights + n * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const float a = rows[r][k];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[r][n == N - 1 ? Last : n] += w[n] * a;
+    }
+  }
+}
+
+// Calls f(start, integral_constant<rows>) for groups of rows as equal as can be.
+template <int R>
+struct Size {
+  static constexpr int value = R;
+};
+
+template <int Most, typename F>
+void in_groups(int64_t count, const F& f) {
+  const int64_t groups = (count + Most - 1) / Most;
+  int64_t start = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t size = (count - start) / (groups - g);
+    switch (size) {
+      case 1: f(start, Size<1>()); break;
+      case 2: f(start, Size<least(2, Most)>()); break;
+      case 3: f(start, Size<least(3, Most)>()); break;
+      case 4: f(start, Size<least(4, Most)>()); break;
+      case 5: f(start, Size<least(5, Most)>()); break;
+      case 6: f(start, Size<least(6, Most)>()); break;
+      case 7: f(start, Size<least(7, Most)>()); break;
+      default: f(start, Size<Most>()); break;
+    }
+    start += size;
+  }
+}
+
+constexpr int most_rows(int vectors) {
+  return least(kMostRows, kAccumulators / vectors);
+}
+
+template <Cell C>
+constexpr int64_t kGates = C == Cell::kLstm ? 4 : 3;
+
+// The panels of the backward loop: up to so many vectors of hidden units.
+struct Span {
+  int64_t first, count;
+};
+
+INLINE int64_t spans(int64_t H) {
+  return (vectors(H) + kMostVectors - 1) / kMostVectors;
+}
+
+INLINE Span span(int64_t H, int64_t panel) {
+  const int64_t all = vectors(H), n = spans(H);
+  const int64_t first = panel * all / n;
+  return {first, (panel + 1) * all / n - first};
+}
+
+// Rows at work in a step, as places in the list of a thread's rows.
+struct Active {
+  Zeros<int64_t> places;
+  int64_t count = 0;
+
+  template <typename F>
+  void find(const Flags& flags, const int64_t* rows, int64_t all, int64_t T, int64_t t,
+            const F& masked) {
+    count = 0;
+    for (int64_t i = 0; i < all; ++i) {
+      if (flags.mask == nullptr || flags.mask[rows[i] * T + t]) {
+        places[count++] = i;
+      } else {
+        masked(i);
+      }
+    }
+  }
+};
+
+// Forward. Weights of a panel, W hidden units: [D, G, W] where it projects, [H, G, W].
+
+template <Cell C>
+void pack_forward(const Shape& s, const float* w_ih, const float* w_hh, int64_t panel,
+                  float* out) {
+  constexpr int64_t G = kGates<C>;
+  const int64_t u = panel * W, n = least(W, s.H - u);
+  out += panel * ((w_ih == nullptr ? 0 : s.D) + s.H) * G * W;
+  const auto append = [&](const float* w, int64_t height) {
+    for (int64_t k = 0; k < height; ++k) {
+      for (int64_t g = 0; g < G; ++g, out += W) {
+        store(out, load(w + (k * G + g) * s.H + u, n));
+      }
+    }
+  };
+  if (w_ih != nullptr) append(w_ih, s.D);
+  append(w_hh, s.H);
+}
+
+template <Cell C>
+void forward(const Shape& s, const Flags& flags, const Forward& io, const float* packed,
+             const int64_t* rows, int64_t count) {
+  constexpr int64_t G = kGates<C>;
+  constexpr bool kLstm = C == Cell::kLstm;
+  const int64_t H = s.H, P = vectors(H), padded = P * W;
+  const int64_t x_size = io.projected ? G * H : s.D;
+  const int64_t x_count = io.projected ? 0 : s.D;
+  const bool keep = io.gates != nullptr;
+
+  // The carry h of a row has two places: a step reads one and writes the other.
+  const Zeros<float> hs(2 * count * padded), cs(kLstm ? count * padded : 0);
+  const Zeros<int64_t> now(count);
+  const auto h_at = [&](int64_t i, int64_t which) {
+    return hs.at((2 * i + (now[i] ^ which)) * padded);
+  };
+  const auto set = [&](int64_t i, const float* h, const float* c) {
+    copy(h + rows[i] * H, H, h_at(i, 0));
+    if (kLstm) copy(c + rows[i] * H, H, cs.at(i * padded));
+  };
+  for (int64_t i = 0; i < count; ++i) set(i, io.h0, io.c0);
+
+  Active active{Zeros<int64_t>(count)};
+  for (int64_t step = 0; step < s.T; ++step) {
+    const int64_t t = flags.reverse ? s.T - 1 - step : step;
+    if (flags.resets != nullptr) {
+      for (int64_t i = 0; i < count; ++i) {
+        if (flags.resets[rows[i] * s.T + t]) set(i, io.fresh_h, io.fresh_c);
+      }
+    }
+    active.find(flags, rows, count, s.T, t, [&](int64_t i) {
+      clear(io.ys + (rows[i] * s.T + t) * H, H);
+    });
+    for (int64_t p = 0; p < P; ++p) {
+      const float* w_x = packed + p * (x_count + H) * G * W;
+      const float* w_h = w_x + x_count * G * W;
+      const int64_t u = p * W, n = least(W, H - u);
+      in_groups<most_rows(4)>(active.count, [&](int64_t start, auto size) {
+        constexpr int R = decltype(size)::value;
+        const int64_t* places = active.places.at(start);
+        Vec acc[R][4];
+        const float *x[R], *h[R];
+        int64_t at[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          at[r] = rows[places[r]] * s.T + t;
+          x[r] = io.xs + at[r] * x_size;
+          h[r] = h_at(places[r], 0);
+#pragma GCC unroll 8
+          for (int g = 0; g < G; ++g) acc[r][g] = load(io.bias + g * H + u, n);
+          if (!kLstm) acc[r][3] = load(io.bias_n + u, n);
+        }
+        if (io.projected) {
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+            for (int g = 0; g < G; ++g) acc[r][g] += load(x[r] + g * H + u, n);
+          }
+        }
+        multiply<R, G, G - 1>(x, w_x, x_count, acc);
+        multiply<R, G, 3>(h, w_h, H, acc);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          float* gates = keep ? io.gates + at[r] * 4 * H + u : nullptr;
+          Vec next;
+          if (kLstm) {
+            float* c_at = cs.at(places[r] * padded + u);
+            const Vec c = load(c_at);
+            const Vec i = sigmoid(acc[r][0]), f = sigmoid(acc[r][1]);
+            const Vec g = tanh(acc[r][2]), o = sigmoid(acc[r][3]);
+            const Vec c_next = f * c + i * g;
+            next = o * tanh(c_next);
+            store(c_at, c_next);
+            if (keep) {
+              store(gates, i, n);
+              store(gates + H, f, n);
+              store(gates + 2 * H, g, n);
+              store(gates + 3 * H, o, n);
+              store(io.before_c + at[r] * H + u, c, n);
+            }
+          } else {
+            const Vec before = load(h[r] + u);
+            const Vec i = sigmoid(acc[r][0]), z = sigmoid(acc[r][1]);
+            const Vec candidate = tanh(acc[r][2] + i * acc[r][3]);
+            next = candidate + z * (before - candidate);
+            if (keep) {
+              store(gates, i, n);
+              store(gates + H, z, n);
+              store(gates + 2 * H, acc[r][3], n);
+              store(gates + 3 * H, candidate, n);
+            }
+          }
+          store(h_at(places[r], 1) + u, next);
+          store(io.ys + at[r] * H + u, next, n);
+        }
+      });
+    }
+    for (int64_t a = 0; a < active.count; ++a) now[active.places[a]] ^= 1;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    copy(h_at(i, 0), H, io.h + rows[i] * H);
+    if (kLstm) copy(cs.at(i * padded), H, io.c + rows[i] * H);
+  }
+}
+
+// Backward. The cotangents of gates are kept for some steps, as [P, block, 4, W] with P
+// panels of W units: of a GRU in the order r, z, n by h and n by x. The recurrence reads
+// them row by row, and then the gradients of the weights read them panel by panel.
+
+// So many rows of a few steps; what they take stays in the second cache.
+constexpr int64_t kBlock = 256;
+
+// Weights of a panel, a span of hidden units: [P, G, W, span].
+template <Cell C>
+void pack_backward(const Shape& s, const float* w_hh, int64_t panel, float* out) {
+  constexpr int64_t G = kGates<C>;
+  const int64_t padded = vectors(s.H) * W;
+  const Span part = span(s.H, panel);
+  const int64_t width = part.count * W, first = part.first * W;
+  out += first * G * padded;
+  clear(out, G * padded * width);
+  const int64_t n = least(width, s.H - first);
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t g = 0; g < G; ++g) {
+      const float* row = w_hh + ((first + j) * G + g) * s.H;
+      for (int64_t u = 0; u < s.H; ++u) {
+        out[((u / W * G + g) * W + u % W) * width + j] = row[u];
+      }
+    }
+  }
+}
+
+// acc[r] += a[e][r] * dz[e] over the steps of a block. Of the four vectors of dz it
+// takes N, the last of them at Last.
+template <int R, int N, int Last>
+INLINE void outer(const float* const* a, int64_t offset, const float* dz, int64_t count,
+                  Vec (&acc)[R][N]) {
+  for (int64_t e = 0; e < count; ++e, dz += 4 * W) {
+    const float* row = a[e] + offset;
+    Vec d[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) d[n] = load(dz + (n == N - 1 ? Last : n) * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[r][n] += d[n] * row[r];
+    }
+  }
+}
+
+// Adds a^T dz to the columns of a gradient [height, N H] that belong to a panel.
+template <int N, int Last>
+void add_product(const float* const* a, int64_t height, const float* dz, int64_t count,
+                 int64_t u, int64_t H, float* gradient) {
+  const int64_t n = least(W, H - u);
+  in_groups<most_rows(4)>(height, [&](int64_t start, auto size) {
+    constexpr int R = decltype(size)::value;
+    Vec acc[R][N] = {};
+    outer<R, N, Last>(a, start, dz, count, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int g = 0; g < N; ++g) {
+        float* to = gradient + ((start + r) * N + g) * H + u;
+        store(to, load(to, n) + acc[r][g], n);
+      }
+    }
+  });
+}
+
+template <Cell C>
+class Backwards {
+ public:
+  Backwards(const Shape& s, const Flags& flags, const Backward& io, const Sums& to,
+            const Each& each, const float* packed, const int64_t* rows, int64_t count)
+      : s(s), flags(flags), io(io), to(to), each(each), packed(packed), rows(rows),
+        count(count), size(kBlock > count ? kBlock : count), source(count * s.T),
+        dhs(count * padded), dcs(kLstm ? count * padded : 0), dzs(4 * padded * size),
+        sums(4 * padded), xs(size), hs(size), active{Zeros<int64_t>(count)} {}
+
+  void run() {
+    start();
+    for (int64_t step = s.T - 1; step >= 0; --step) {
+      const int64_t t = time(step);
+      active.find(flags, rows, count, s.T, t, [&](int64_t i) {
+        clear(io.dz + (rows[i] * s.T + t) * G * H, G * H);
+      });
+      if (filled + active.count > size) add_weights();
+      gates(t);
+      for (int64_t panel = 0; panel < spans(H); ++panel) carry(panel);
+      filled += active.count;
+      if (flags.resets != nullptr) reset(t);
+    }
+    add_weights();
+    for (int64_t i = 0; i < count; ++i) {
+      copy(dhs.at(i * padded), H, io.dh0 + rows[i] * H);
+      if (kLstm) copy(dcs.at(i * padded), H, io.dc0 + rows[i] * H);
+    }
+    for (int64_t g = 0; g < 4; ++g) {
+      const float* sum = sums.at((kLstm || g < 2 ? g : 5 - g) * padded);
+      for (int64_t u = 0; u < H; ++u) to.dbias[g * H + u] += sum[u];
+    }
+  }
+
+ private:
+  static constexpr int64_t G = kGates<C>;
+  static constexpr bool kLstm = C == Cell::kLstm;
+  static constexpr int64_t kInitial = -1, kFresh = -2;
+
+  int64_t time(int64_t step) const { return flags.reverse ? s.T - 1 - step : step; }
+
+  // Finds where the carry before each step came from: an earlier step, or neither.
+  void start() {
+    for (int64_t i = 0; i < count; ++i) {
+      copy(io.dh + rows[i] * H, H, dhs.at(i * padded));
+      if (kLstm) copy(io.dc + rows[i] * H, H, dcs.at(i * padded));
+      if (flags.resets != nullptr) {
+        clear(io.dfresh_h + rows[i] * H, H);
+        if (kLstm) clear(io.dfresh_c + rows[i] * H, H);
+      }
+      int64_t from = kInitial;
+      for (int64_t step = 0; step < s.T; ++step) {
+        const int64_t t = time(step), at = rows[i] * s.T + t;
+        if (flags.resets != nullptr && flags.resets[at]) from = kFresh;
+        source[i * s.T + t] = from;
+        if (flags.mask == nullptr || flags.mask[at]) from = t;
+      }
+    }
+  }
+
+  const float* before_h(int64_t i, int64_t t) const {
+    const int64_t from = source[i * s.T + t];
+    if (from == kInitial) return io.h0 + rows[i] * H;
+    if (from == kFresh) return io.fresh_h + rows[i] * H;
+    return io.ys + (rows[i] * s.T + from) * H;
+  }
+
+  // Computes the cotangents of the gates of a step, and of the carry but for W_hh.
+  void gates(int64_t t) {
+    for (int64_t a = 0; a < active.count; ++a) {
+      const int64_t i = active.places[a];
+      xs[filled + a] = io.xs + (rows[i] * s.T + t) * s.D;
+      hs[filled + a] = before_h(i, t);
+    }
+    for (int64_t p = 0; p < P; ++p) {
+      const int64_t u = p * W, n = least(W, H - u);
+      Vec sum[4];
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) sum[g] = load(sums.at(g * padded + u));
+      for (int64_t a = 0; a < active.count; ++a) {
+        const int64_t i = active.places[a], at = rows[i] * s.T + t;
+        const float* gates = io.gates + at * 4 * H + u;
+        float* dz = dzs.at((p * size + filled + a) * 4 * W);
+        float* dzx = io.dz + at * G * H + u;
+        float* dh_at = dhs.at(i * padded + u);
+        const Vec dh = load(dh_at) + load(io.dys + at * H + u, n);
+        Vec d[4];
+        if (kLstm) {
+          const Vec i_ = load(gates, n), f = load(gates + H, n);
+          const Vec g = load(gates + 2 * H, n), o = load(gates + 3 * H, n);
+          const Vec c = load(io.before_c + at * H + u, n);
+          float* dc_at = dcs.at(i * padded + u);
+          const Vec y = tanh(f * c + i_ * g);
+          const Vec dc = load(dc_at) + dh * o * (1.0f - y * y);
+          d[0] = dc * g * (i_ - i_ * i_);
+          d[1] = dc * c * (f - f * f);
+          d[2] = dc * i_ * (1.0f - g * g);
+          d[3] = dh * y * (o - o * o);
+          store(dc_at, dc * f);
+        } else {
+          const Vec r = load(gates, n), z = load(gates + H, n);
+          const Vec q = load(gates + 2 * H, n), c = load(gates + 3 * H, n);
+          const Vec before = load(hs[filled + a] + u, n);
+          d[3] = (dh - dh * z) * (1.0f - c * c);
+          d[2] = d[3] * r;
+          d[1] = dh * (before - c) * (z - z * z);
+          d[0] = d[3] * q * (r - r * r);
+          store(dh_at, dh * z);
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g) {
+          store(dz + g * W, d[g]);
+          sum[g] += d[g];
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) store(dzx + g * H, d[g < G - 1 ? g : 3], n);
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) store(sums.at(g * padded + u), sum[g]);
+    }
+  }
+
+  // Takes the cotangents of gates through W_hh to those of a span of the carry.
+  void carry(int64_t panel) {
+    const Span part = span(H, panel);
+    switch (part.count) {
+      case 1: return carry_of<1>(part);
+      case 2: return carry_of<2>(part);
+      case 3: return carry_of<3>(part);
+      default: return carry_of<4>(part);
+    }
+  }
+
+  template <int N>
+  void carry_of(Span part) {
+    const float* weights = packed + part.first * W * G * padded;
+    in_groups<most_rows(N)>(active.count, [&](int64_t start, auto group) {
+      constexpr int R = decltype(group)::value;
+      Vec acc[R][N];
+      const float* dz[R];
+      float* dh[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        dz[r] = dzs.at((filled + start + r) * 4 * W);
+        dh[r] = dhs.at(active.places[start + r] * padded + part.first * W);
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) acc[r][v] = kLstm ? Vec{} : load(dh[r] + v * W);
+      }
+      for (int64_t p = 0; p < P; ++p) {
+        multiply<R, N, N - 1>(dz, weights + p * G * W * N * W, G * W, acc);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) dz[r] += size * 4 * W;
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) store(dh[r] + v * W, acc[r][v]);
+      }
+    });
+  }
+
+  void add_weights() {
+    const auto work = [](void* self, int64_t p) {
+      static_cast<Backwards*>(self)->add_weights_of(p);
+    };
+    if (each.run != nullptr) {
+      each.run(each.pool, P, work, this);
+    } else {
+      for (int64_t p = 0; p < P; ++p) add_weights_of(p);
+    }
+    filled = 0;
+  }
+
+  void add_weights_of(int64_t p) {
+    const float* dz = dzs.at(p * size * 4 * W);
+    add_product<G, G - 1>(hs.at(0), H, dz, filled, p * W, H, to.dw_hh);
+    add_product<G, 3>(xs.at(0), s.D, dz, filled, p * W, H, to.dw_ih);
+  }
+
+  // Hands the cotangent of a carry that was reset to the fresh one.
+  void reset(int64_t t) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (!flags.resets[rows[i] * s.T + t]) continue;
+      const auto move = [&](float* from, float* into) {
+        for (int64_t u = 0; u < H; ++u) into[rows[i] * H + u] += from[u];
+        clear(from, H);
+      };
+      move(dhs.at(i * padded), io.dfresh_h);
+      if (kLstm) move(dcs.at(i * padded), io.dfresh_c);
+    }
+  }
+
+  const Shape& s;
+  const Flags& flags;
+  const Backward& io;
+  const Sums& to;
+  const Each& each;
+  const float* packed;
+  const int64_t* rows;
+  const int64_t count;
+  const int64_t H = s.H, P = vectors(H), padded = P * W;
+  const int64_t size;            // of a block
+  const Zeros<int64_t> source;   // [count, T]
+  const Zeros<float> dhs, dcs;   // [count, padded]
+  const Zeros<float> dzs, sums;  // [P, size, 4, W], [4, padded]
+  const Zeros<const float*> xs, hs;
+  int64_t filled = 0;  // of the block
+  Active active;
+};
+
+template <Cell C>
+void backward(const Shape& s, const Flags& flags, const Backward& io, const Sums& to,
+              const Each& each, const float* packed, const int64_t* rows,
+              int64_t count) {
+  Backwards<C>(s, flags, io, to, each, packed, rows, count).run();
+}
+
+int64_t panels(Cell, const Shape& s, bool backward) {
+  return backward ? spans(s.H) : vectors(s.H);
+}
+
+int64_t packed_size(Cell cell, const Shape& s, bool backward, bool projected) {
+  const int64_t G = cell == Cell::kLstm ? 4 : 3, padded = vectors(s.H) * W;
+  if (backward) return padded * G * padded;
+  return (s.H + (projected ? 0 : s.D)) * G * padded;
+}
+
+void pack(Cell cell, const Shape& s, bool backward, const float* w_ih,
+          const float* w_hh, int64_t panel, float* packed) {
+  const bool lstm = cell == Cell::kLstm;
+  if (backward) {
+    (lstm ? pack_backward<Cell::kLstm> : pack_backward<Cell::kGru>)(s, w_hh, panel,
+                                                                   packed);
+  } else {
+    (lstm ? pack_forward<Cell::kLstm> : pack_forward<Cell::kGru>)(s, w_ih, w_hh, panel,
+                                                                 packed);
+  }
+}
+
+void run_forward(Cell cell, const Shape& s, const Flags& flags, const Forward& io,
+                 const float* packed, const int64_t* rows, int64_t count) {
+  const bool lstm = cell == Cell::kLstm;
+  (lstm ? forward<Cell::kLstm> : forward<Cell::kGru>)(s, flags, io, packed, rows,
+                                                      count);
+}
+
+void run_backward(Cell cell, const Shape& s, const Flags& flags, const Backward& io,
+                  const Sums& to, const Each& each, const float* packed,
+                  const int64_t* rows, int64_t count) {
+  const bool lstm = cell == Cell::kLstm;
+  (lstm ? backward<Cell::kLstm> : backward<Cell::kGru>)(s, flags, io, to, each, packed,
+                                                        rows, count);
+}
+
+}  // namespace
+
+extern const Loops JLSTM_LOOPS;
+const Loops JLSTM_LOOPS = {panels, packed_size, pack, run_forward, run_backward};
+
+}  // namespace jlstm

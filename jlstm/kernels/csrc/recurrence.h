@@ -1,0 +1,76 @@
+// The loops of an LSTM and of a GRU over a batch of sequences, forward and backward.
+//
+// Arrays are dense and batch-major: B rows, T steps, D features, H hidden units. Gates
+// are in the order i, f, g, o of an LSTM (G = 4) and r, z, n of a GRU (G = 3), whose
+// reset gate comes after the recurrent product.
+#pragma once
+
+#include <cstdint>
+
+namespace jlstm {
+
+enum class Cell : int32_t { kLstm = 0, kGru = 1 };
+
+struct Shape {
+  int64_t B, T, D, H;
+};
+
+// What is true of steps; null where there is none.
+struct Flags {
+  const bool* mask;    // [B, T], at valid steps
+  const bool* resets;  // [B, T], where the fresh carry comes before the step
+  bool reverse;        // steps are taken from the last to the first
+};
+
+struct Forward {
+  const float* xs;      // [B, T, D], or, where projected, xs W_ih, [B, T, G H]
+  bool projected;
+  const float* bias;    // [G H]
+  const float* bias_n;  // [H], inside r * (.) of a GRU
+  const float *h0, *c0, *fresh_h, *fresh_c;  // [B, H]
+  float* ys;                                 // [B, T, H]
+  float *h, *c;                              // [B, H]
+  // For the backward loop; null where no gradient is wanted.
+  float* gates;     // [B, T, 4 H]; of a GRU r, z, h W_n + b_n and n
+  float* before_c;  // [B, T, H], c before each step
+};
+
+struct Backward {
+  const float *xs, *ys;              // [B, T, D], [B, T, H]
+  const float *h0, *fresh_h;         // [B, H]
+  const float *gates, *before_c;     // as above
+  const float* dys;                  // [B, T, H]
+  const float *dh, *dc;              // [B, H]
+  float* dz;                         // [B, T, G H], by x W_ih
+  float *dh0, *dc0;                  // [B, H]
+  float *dfresh_h, *dfresh_c;        // [B, H], written where there are resets
+};
+
+// Sums over the rows that one thread takes, to which a loop adds.
+struct Sums {
+  float *dw_ih, *dw_hh;  // [D, G H], [H, G H]
+  float* dbias;          // [4 H]; of a GRU the last H are those of bias_n
+};
+
+// Runs work(data, 0) .. work(data, count - 1), on several threads if some are free.
+struct Each {
+  void* pool;
+  void (*run)(void* pool, int64_t count, void (*work)(void*, int64_t), void* data);
+};
+
+// The loops for one set of instructions. Rows are those that one thread takes.
+struct Loops {
+  // Weights in the order in which a loop reads them, in panels that do not depend on
+  // each other. w_ih is null where the loop does not read it.
+  int64_t (*panels)(Cell, const Shape&, bool backward);
+  int64_t (*packed_size)(Cell, const Shape&, bool backward, bool projected);
+  void (*pack)(Cell, const Shape&, bool backward, const float* w_ih, const float* w_hh,
+               int64_t panel, float* packed);
+  void (*forward)(Cell, const Shape&, const Flags&, const Forward&, const float* packed,
+                  const int64_t* rows, int64_t count);
+  void (*backward)(Cell, const Shape&, const Flags&, const Backward&, const Sums&,
+                   const Each&, const float* packed, const int64_t* rows,
+                   int64_t count);
+};
+
+}  // namespace jlstm

@@ -1,0 +1,314 @@
+r"""The loops of an LSTM and of a GRU in C++, on the cores of a CPU.
+
+The weights are put once a call into the order in which they are read; a step computes
+the gates of a few rows and hidden units in registers; and the rows of a batch are
+shared among XLA's own threads, which wait for each other only at the end. Masked steps
+cost nothing. It is for float32, and is there where a C++ compiler was found when jlstm
+was installed.
+
+A gradient reads the gates and the carries that the forward loop stored. A gradient of
+that gradient is the fused loop's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlstm.cells.gru import GRU, GRUCarry, GRUParams
+from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams
+from jlstm.kernels import fused
+from jlstm.kernels.request import Request
+from jlstm.types import Array, Cell, PyTree
+
+LIBRARY = Path(__file__).parent / f"_native.{sys.implementation.cache_tag}.so"
+# Of fewer rows XLA computes the product with the inputs, which needs no order of steps.
+FEW_ROWS = 8
+
+
+def why_not(cell: Cell, request: Request) -> str | None:
+    """Says why this loop cannot run a cell as asked, or ``None`` if it can."""
+    if type(cell) not in (LSTM, GRU):
+        return f"has loops for LSTM and GRU, got {cell!r}"
+    if isinstance(cell, GRU) and not cell.reset_after:
+        return "has no loop for a GRU with reset_after=False"
+    return request.exceeds("cpu") or _library()
+
+
+@functools.cache
+def _library() -> str | None:
+    """Loads the library; returns the reason if there is none."""
+    if not LIBRARY.exists():
+        return "was not built when jlstm was installed; that takes a C++17 compiler"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        for name in ("jlstm_forward", "jlstm_backward"):
+            handler = jax.ffi.pycapsule(getattr(library, name))
+            jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    except Exception as problem:
+        return (
+            f"was built for another jaxlib ({problem}); install jlstm again beside "
+            "this one, with pip install --no-build-isolation"
+        )
+    return None
+
+
+class Args(NamedTuple):
+    """What a loop reads and has gradients; absent arrays have no elements."""
+
+    xs: Array  # [B, T, D]
+    w_ih: Array  # [D, G]
+    w_hh: Array  # [H, G]
+    bias: Array  # [G]
+    bias_n: Array  # [H], inside r * (.) of a GRU
+    h: Array  # [B, H]
+    c: Array  # [B, H], of an LSTM
+    fresh_h: Array  # [B, H]
+    fresh_c: Array  # [B, H], of an LSTM
+
+
+class Flags(NamedTuple):
+    """Booleans of steps, ``[B, T]``, or of no elements."""
+
+    mask: Array
+    resets: Array
+
+
+class Out(NamedTuple):
+    """Outputs and the final carry."""
+
+    ys: Array  # [B, T, H]
+    h: Array  # [B, H]
+    c: Array  # [B, H], of an LSTM
+
+
+class Kept(NamedTuple):
+    """What the backward loop reads."""
+
+    ys: Array  # [B, T, H]
+    gates: Array  # [B, T, 4H]; of a GRU r, z, the part of n inside r * (.), and n
+    before_c: Array  # [B, T, H], c before each step, of an LSTM
+
+
+class Static(NamedTuple):
+    """What is known when a loop is traced."""
+
+    gru: bool
+    reverse: bool
+
+
+def unroll(
+    cell: Cell,
+    params: PyTree,
+    xs: Array,
+    carry: PyTree,
+    fresh: PyTree,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    reverse: bool = False,
+    return_carries: bool = False,
+    checkpoint_every: int | None = None,
+) -> tuple[Array, PyTree, None]:
+    """Runs an LSTM or a GRU; see :func:`jlstm.kernels.scan.unroll`."""
+    del return_carries, checkpoint_every
+    if not xs.size:
+        return fused.unroll(cell, params, xs, carry, fresh, mask=mask, reverse=reverse)
+    none, size = jnp.zeros((0,), xs.dtype), params.w_hh.shape[0]
+    bias, bias_n = params.b, none
+    if isinstance(cell, GRU):
+        bias_n = jnp.zeros((size,), xs.dtype)
+        if params.b_hh is not None:
+            bias_n = params.b_hh[-size:]
+            rest = params.b_hh[:-size]
+            bias = bias + jnp.pad(rest, (0, bias.shape[0] - rest.shape[0]))
+    elif params.b_hh is not None:
+        bias = bias + params.b_hh
+    args = Args(
+        xs,
+        params.w_ih,
+        params.w_hh,
+        bias,
+        bias_n,
+        *_carry(carry, none),
+        *_carry(fresh, none),
+    )
+    no_flags = jnp.zeros((0,), bool)
+    flags = Flags(*(no_flags if flag is None else flag for flag in (mask, resets)))
+    out: Any = _run(Static(isinstance(cell, GRU), reverse), args, flags)
+    carry = GRUCarry(out.h) if isinstance(cell, GRU) else LSTMCarry(out.h, out.c)
+    return out.ys, carry, None
+
+
+def _carry(carry: PyTree, none: Array) -> tuple[Array, Array]:
+    return carry.h, getattr(carry, "c", none)
+
+
+# Three functions with gradients, each the next one's: the outputs; the outputs and what
+# the backward loop reads, which has no cotangent; and the gradients.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(static: Static, args: Args, flags: Flags) -> Out:
+    return _forward(static, args, flags, keep=False)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_and_keep(static: Static, args: Args, flags: Flags) -> tuple:
+    return _forward(static, args, flags, keep=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(
+    static: Static, args: Args, flags: Flags, kept: Kept, cotangents: Out
+) -> Args:
+    return _backward(static, args, flags, kept, cotangents)
+
+
+def _run_fwd(static: Static, args: Args, flags: Flags) -> tuple:
+    made: Any = _run_and_keep(static, args, flags)
+    return made[0], (args, flags, made[1])
+
+
+def _run_bwd(static: Static, saved: tuple, cotangents: Out) -> tuple:
+    return _gradients(static, *saved, cotangents), None
+
+
+def _run_and_keep_fwd(static: Static, args: Args, flags: Flags) -> tuple:
+    made: Any = _run_and_keep(static, args, flags)
+    return made, (args, flags, made[1])
+
+
+def _run_and_keep_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
+    return _run_bwd(static, saved, cotangents[0])
+
+
+def _gradients_fwd(
+    static: Static, args: Args, flags: Flags, kept: Kept, cotangents: Out
+) -> tuple:
+    made = _gradients(static, args, flags, kept, cotangents)
+    return made, (args, flags, kept, cotangents)
+
+
+def _gradients_bwd(static: Static, saved: tuple, cotangents: Args) -> tuple:
+    args, flags, kept, before = saved
+
+    def gradients(args: Args, cotangents: Out) -> Args:
+        return jax.vjp(lambda args: _reference(static, args, flags), args)[1](
+            cotangents
+        )[0]
+
+    by_args, by_cotangents = jax.vjp(gradients, args, before)[1](cotangents)
+    # What was kept follows from the arguments, whose gradient therefore has its part.
+    return by_args, None, jax.tree.map(jnp.zeros_like, kept), by_cotangents
+
+
+def _reference(static: Static, args: Args, flags: Flags) -> Out:
+    size = args.w_hh.shape[0]
+    if static.gru:
+        cell, carries = GRU(size), (GRUCarry(args.h), GRUCarry(args.fresh_h))
+        params = GRUParams(args.w_ih, args.w_hh, args.bias, args.bias_n)
+    else:
+        cell = LSTM(size)
+        carries = LSTMCarry(args.h, args.c), LSTMCarry(args.fresh_h, args.fresh_c)
+        params = LSTMParams(args.w_ih, args.w_hh, args.bias)
+    mask, resets = (flag if flag.size else None for flag in flags)
+    ys, carry, _ = fused.unroll(
+        cell,
+        params,
+        args.xs,
+        *carries,
+        mask=mask,
+        resets=resets,
+        reverse=static.reverse,
+    )
+    return Out(ys, *_carry(carry, args.c))
+
+
+_run.defvjp(_run_fwd, _run_bwd)
+_run_and_keep.defvjp(_run_and_keep_fwd, _run_and_keep_bwd)
+_gradients.defvjp(_gradients_fwd, _gradients_bwd)
+
+
+# The calls of the library.
+
+
+def _forward(
+    static: Static, args: Args, flags: Flags, *, keep: bool
+) -> tuple[Out, Kept]:
+    lead, size = args.xs.shape[:2], args.w_hh.shape[0]
+    each, none = (*lead, size), (0,)
+    gates = (*lead, 4 * size) if keep else none
+    before_c = each if keep and not static.gru else none
+    if lead[0] < FEW_ROWS:
+        projected = args.xs @ args.w_ih
+        args = args._replace(xs=projected, w_ih=jnp.zeros(none, projected.dtype))
+    shapes = (each, args.h.shape, args.c.shape, gates, before_c)
+    ys, h, c, gates, before_c = _call("jlstm_forward", shapes, static, *args, *flags)
+    return Out(ys, h, c), Kept(ys, gates, before_c)
+
+
+def _backward(
+    static: Static, args: Args, flags: Flags, kept: Kept, cotangents: Out
+) -> Args:
+    carry = (args.h.shape, args.c.shape)
+    fresh = carry if flags.resets.size else ((0,), (0,))
+    size, columns = args.w_hh.shape
+    dz, dw_ih, dw_hh, dbias, dh, dc, dfresh_h, dfresh_c = _call(
+        "jlstm_backward",
+        (
+            (*args.xs.shape[:2], columns),
+            args.w_ih.shape,
+            args.w_hh.shape,
+            (4 * size,),
+            *carry,
+            *fresh,
+        ),
+        static,
+        args.w_hh,
+        args.xs,
+        kept.ys,
+        args.h,
+        args.fresh_h,
+        kept.gates,
+        kept.before_c,
+        *cotangents,
+        *flags,
+        # The gates of an LSTM give their place to their cotangents.
+        aliases={} if static.gru else {5: 0},
+    )
+    if not flags.resets.size:
+        dfresh_h, dfresh_c = jnp.zeros_like(dh), jnp.zeros_like(dc)
+    return Args(
+        xs=dz @ args.w_ih.T,
+        w_ih=dw_ih,
+        w_hh=dw_hh,
+        bias=dbias[:columns],
+        bias_n=dbias[columns:],
+        h=dh,
+        c=dc,
+        fresh_h=dfresh_h,
+        fresh_c=dfresh_c,
+    )
+
+
+def _call(
+    name: str, shapes: tuple, static: Static, *args: Array, aliases: Any = None
+) -> Sequence[Array]:
+    call = jax.ffi.ffi_call(
+        name,
+        [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes],
+        vmap_method="sequential",
+        input_output_aliases=aliases,
+    )
+    made = call(*args, gru=static.gru, reverse=static.reverse)
+    assert isinstance(made, Sequence)
+    return made

@@ -1,0 +1,60 @@
+"""What a call asks of a loop, beside the cell."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+
+class Request(NamedTuple):
+    """What decides whether a loop can run; ``None`` is what is not known yet.
+
+    Attributes:
+      platform: where arrays live: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+      dtypes: names of the dtypes of params, inputs and carry.
+      mask: how steps are masked: ``""`` not at all, ``"lengths"`` at the end of rows,
+        ``"mask"`` anywhere.
+      resets: whether the fresh carry is restored somewhere.
+      reverse: whether steps are taken from the last to the first.
+      return_carries: whether the carry after each step is wanted.
+      checkpoint_every: whether a gradient computes steps again.
+      sharded: whether the rows of a batch may lie on several devices.
+    """
+
+    platform: str | None = None
+    dtypes: frozenset[str] | None = None
+    mask: str = ""
+    resets: bool = False
+    reverse: bool = False
+    return_carries: bool = False
+    checkpoint_every: bool = False
+    sharded: bool = False
+
+    def exceeds(self, platform: str) -> str | None:
+        """Says why a plain loop for float32 on one platform is not enough.
+
+        A plain loop stores every step of a batch that lies on one device.
+        """
+        if self.platform not in (None, platform):
+            place = {"cpu": "a CPU", "gpu": "a GPU"}[platform]
+            return f"runs on {place}, arrays are on a {self.platform}"
+        if self.dtypes is not None and (others := self.dtypes - {"float32"}):
+            return f"computes in float32, got {', '.join(sorted(others))}"
+        if self.return_carries:
+            return "does not return carries"
+        if self.checkpoint_every:
+            return "stores every step, so checkpoint_every has no meaning"
+        if self.sharded:
+            return "would gather a batch that lies on several devices outside shard_map"
+        return None
+
+
+UNKNOWN = Request()
+
+
+def may_be_sharded() -> bool:
+    """Whether the batch may be cut over devices, so that a reshape would gather it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = bool(mesh.axis_names) and set(mesh.axis_names) == set(mesh.manual_axes)
+    return jax.device_count() > 1 and not manual

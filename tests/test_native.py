@@ -1,0 +1,241 @@
+"""The loops in C++ equal the reference, whatever the processor and the threads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TOLERANCE
+
+import jlstm
+from jlstm import door
+from jlstm.kernels import Request, fused, native, scan
+
+KEY = jax.random.key(0)
+MISSING = native._library()
+GRADIENT_TOLERANCE = 1e-4
+
+pytestmark = pytest.mark.skipif(
+    MISSING is not None and shutil.which("g++") is None, reason=str(MISSING)
+)
+
+
+def draw(seed, tree):
+    rng = np.random.default_rng(seed)
+    leaves, structure = jax.tree.flatten(tree)
+    drawn = [rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+    return structure.unflatten(drawn)
+
+
+def arguments(cell, batch, time, size):
+    """Params, inputs, both carries and the cotangents of outputs and carry."""
+    x = jax.ShapeDtypeStruct((batch, size), np.float32)
+    params = draw(1, jax.eval_shape(cell.init, KEY, x))
+    carry = jax.eval_shape(lambda p: cell.init_carry(p, (batch,)), params)
+    xs = draw(2, jax.ShapeDtypeStruct((batch, time, size), np.float32))
+    ys = draw(3, jax.ShapeDtypeStruct((batch, time, cell.hidden_size), np.float32))
+    args = (params, xs, draw(4, carry), draw(5, carry))
+    return args, (ys, draw(6, carry))
+
+
+def flags(kind, batch, time):
+    rng = np.random.default_rng(7)
+    holes = rng.random((batch, time)) < 0.6
+    ends = np.arange(time) < rng.integers(0, time + 1, batch)[:, None]
+    mask = {"": None, "lengths": ends, "mask": holes, "resets": holes}[kind]
+    resets = rng.random((batch, time)) < 0.3 if kind == "resets" else None
+    return mask, resets
+
+
+def results(kernel, cell, args, cotangents, kind="", *, reverse=False, double=False):
+    """Outputs, and the gradients of params, inputs, carry and fresh carry."""
+    mask, resets = flags(kind, *args[1].shape[:2])
+
+    @jax.jit
+    def run(args, cotangents):
+        def apply(params, xs, carry, fresh):
+            xs = xs if mask is None else jlstm.zero_rows(mask, xs)
+            ys, carry, _ = kernel.unroll(
+                cell, params, xs, carry, fresh, mask=mask, resets=resets,
+                reverse=reverse,
+            )  # fmt: skip
+            return ys, carry
+
+        out, pull = jax.vjp(apply, *args)
+        return out, pull(cotangents)
+
+    with jax.enable_x64(double):
+        if double:
+            args, cotangents = jax.tree.map(np.float64, (args, cotangents))
+        return run(args, cotangents)
+
+
+def check(found, expected, tolerance):
+    pairs = zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    )
+    for (path, a), b in pairs:
+        if b.size:
+            b = np.asarray(b)
+            error = np.abs(np.asarray(a) - b).max() / max(np.abs(b).max(), 1e-30)
+            assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error}"
+
+
+def check_equal(cell, batch, time, size, kind, reverse):
+    args, cotangents = arguments(cell, batch, time, size)
+    options = {"kind": kind, "reverse": reverse}
+    found = results(native, cell, args, cotangents, **options)
+    expected = results(scan, cell, args, cotangents, double=True, **options)
+    check(found[0], expected[0], TOLERANCE["float32"])
+    check(found[1], expected[1], GRADIENT_TOLERANCE)
+
+
+CASES = [
+    # cell, rows, steps, features, how steps are masked, reverse
+    (jlstm.LSTM(8), 3, 5, 3, "", False),
+    (jlstm.LSTM(1), 1, 1, 1, "", True),
+    (jlstm.LSTM(37, double_bias=True), 13, 6, 5, "lengths", False),
+    (jlstm.LSTM(20, learned_carry=True), 9, 12, 70, "mask", True),
+    (jlstm.LSTM(16), 21, 30, 4, "resets", False),  # several blocks of steps
+    (jlstm.LSTM(130), 11, 3, 2, "resets", True),  # spans of unequal size
+    (jlstm.LSTM(4), 600, 2, 3, "", False),  # more rows than a block
+    (jlstm.GRU(8), 3, 5, 3, "", True),
+    (jlstm.GRU(1), 1, 1, 1, "", False),
+    (jlstm.GRU(37, double_bias=True), 13, 6, 5, "lengths", True),
+    (jlstm.GRU(20, learned_carry=True), 9, 12, 70, "mask", False),
+    (jlstm.GRU(16), 21, 30, 4, "resets", True),
+]
+
+
+def test_library_is_built_where_there_is_a_compiler():
+    assert MISSING is None
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_native_equals_the_reference(case):
+    check_equal(*case)
+
+
+# A process of its own: the loops are chosen once.
+LOOPS = """
+import test_native
+for case in test_native.CASES[2:5] + test_native.CASES[9:12]:
+    test_native.check_equal(*case)
+"""
+
+
+@pytest.mark.parametrize("loops", ["portable", "avx2"])
+def test_loops_for_other_processors_equal_the_reference(loops):
+    environment = {**os.environ, "JLSTM_LOOPS": loops}
+    here = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here)])
+    command = [sys.executable, "-c", LOOPS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("cell", [jlstm.LSTM(3), jlstm.GRU(3)], ids=repr)
+def test_gradient_of_a_gradient_equals_that_of_fused(cell):
+    (params, xs, carry, fresh), _ = arguments(cell, 3, 4, 2)
+    mask, resets = flags("resets", 3, 4)
+
+    def score(kernel, params, xs, carry):
+        ys, carry, _ = kernel.unroll(
+            cell, params, xs, carry, fresh, mask=mask, resets=resets
+        )
+        return sum((leaf**2).sum() for leaf in jax.tree.leaves((ys, carry)))
+
+    def penalty(kernel, *args):
+        grads = jax.grad(score, argnums=(1, 2, 3))(kernel, *args)
+        return sum((leaf**2).sum() for leaf in jax.tree.leaves(grads))
+
+    outer = jax.jit(jax.grad(penalty, argnums=(1, 2, 3)), static_argnums=0)
+    found, expected = (outer(kernel, params, xs, carry) for kernel in (native, fused))
+    check(found, expected, GRADIENT_TOLERANCE)
+
+
+def test_map_over_params_equals_a_loop():
+    cell = jlstm.LSTM(3)
+    (params, xs, carry, fresh), _ = arguments(cell, 3, 4, 2)
+    both = jax.tree.map(lambda leaf: np.stack([leaf, 2 * leaf]), params)
+
+    def gradient(params):
+        def score(params):
+            return native.unroll(cell, params, xs, carry, fresh)[0].sum()
+
+        return jax.grad(score)(params)
+
+    mapped = jax.jit(jax.vmap(gradient))(both)
+    for i in range(2):
+        alone = gradient(jax.tree.map(lambda leaf, i=i: leaf[i], both))
+        check(jax.tree.map(lambda leaf, i=i: leaf[i], mapped), alone, 1e-6)
+
+
+def test_gradients_do_not_depend_on_what_else_runs():
+    cell = jlstm.LSTM(16)
+    args, cotangents = arguments(cell, 21, 30, 4)
+    first = results(native, cell, args, cotangents)
+    again = results(native, cell, args, cotangents)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+@pytest.mark.parametrize(
+    ("cell", "request_", "reason"),
+    [
+        (jlstm.Elman(3), Request(), r"has loops for LSTM and GRU, got Elman\("),
+        (jlstm.GRU(3, reset_after=False), Request(), "reset_after=False"),
+        (jlstm.LSTM(3), Request(platform="gpu"), "runs on a CPU, .* on a gpu"),
+        (
+            jlstm.LSTM(3),
+            Request(dtypes=frozenset({"float32", "bfloat16"})),
+            "computes in float32, got bfloat16",
+        ),
+        (jlstm.LSTM(3), Request(return_carries=True), "does not return carries"),
+        (jlstm.LSTM(3), Request(checkpoint_every=True), "checkpoint_every"),
+        (jlstm.LSTM(3), Request(sharded=True), "several devices outside shard_map"),
+    ],
+)
+def test_request_that_native_cannot_meet_is_named(cell, request_, reason):
+    with pytest.raises(NotImplementedError, match=f"native: .*{reason}"):
+        door.choose(cell, "native", request_)
+    assert door.choose(cell, None, request_) == "fused"
+
+
+def test_native_comes_first_where_it_can():
+    assert door.able(jlstm.LSTM(3))[0] == "native"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "was not built"), ("not a library", "was built for another jaxlib")],
+)
+def test_library_that_is_missing_or_broken_does_no_harm(
+    content, reason, tmp_path, monkeypatch
+):
+    library = tmp_path / "library.so"
+    if content is not None:
+        library.write_text(content)
+    monkeypatch.setattr(native, "LIBRARY", library)
+    native._library.cache_clear()
+    try:
+        assert reason in str(native.why_not(jlstm.LSTM(3), Request()))
+    finally:
+        native._library.cache_clear()
+
+
+def test_empty_sequences_and_batches_are_fine():
+    cell = jlstm.LSTM(3)
+    for batch, time in ((2, 0), (0, 2)):
+        (params, xs, carry, fresh), _ = arguments(cell, batch, time, 2)
+        ys, last, _ = native.unroll(cell, params, xs, carry, fresh)
+        assert ys.shape == (batch, time, 3)
+        jax.tree.map(np.testing.assert_array_equal, last, carry)
+    assert jnp.isfinite(ys).all()
