@@ -124,9 +124,42 @@ def test_native_equals_the_reference(case):
     check_equal(*case)
 
 
+def check_step(cell, batch, size, kind):
+    args, _ = arguments(cell, batch, 1, size)
+    mask, resets = flags(kind, batch, 1)
+
+    def run(kernel, args):
+        return jax.jit(
+            lambda args: kernel.unroll(cell, *args, mask=mask, resets=resets)
+        )(args)
+
+    found = run(native, args)
+    with jax.enable_x64(True):
+        expected = run(scan, jax.tree.map(np.float64, args))
+    check(found, expected, TOLERANCE["float32"])
+
+
+STEPS = [
+    (jlstm.LSTM(70, double_bias=True), 3, 5, "resets"),
+    (jlstm.LSTM(1), 1, 1, ""),
+    (jlstm.LSTM(2), 8, 1, "mask"),
+    (jlstm.GRU(70, double_bias=True), 3, 5, "resets"),
+    (jlstm.GRU(1), 1, 1, ""),
+    (jlstm.GRU(128), 2, 200, ""),
+]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: "-".join(map(str, case)))
+def test_single_step_equals_the_reference(case):
+    check_step(*case)
+
+
 # A process of its own: the loops are chosen once.
 LOOPS = """
 import test_native
+for case in test_native.STEPS:
+    test_native.check_step(*case)
 for case in test_native.CASES[2:5] + test_native.CASES[9:12]:
     test_native.check_equal(*case)
 """

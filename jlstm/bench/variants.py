@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from typing import Any
@@ -97,11 +98,10 @@ def _layer(variant: Variant, cell: Any, suite: Suite, size: Size) -> Program:
 
 
 def _step(variant: Variant, cell: Any, suite: Suite, size: Size) -> Program:
-    del variant
-    x = jnp.asarray(make_inputs(suite, size).xs[:, 0])
-    params = cell.init(jax.random.key(0), x)
-    carry = cell.init_carry(params, x.shape[:1])
-    step = jax.jit(cell.step)
+    layer, xs = _body(variant, cell, suite), make_inputs(suite, size).xs
+    params = layer.init(jax.random.key(0), xs)
+    carry, x = layer.init_carry(params, xs.shape[:1]), jnp.asarray(xs[:, 0])
+    step = jax.jit(functools.partial(jlstm.step, layer))
 
     def call() -> None:
         nonlocal carry

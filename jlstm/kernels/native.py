@@ -248,7 +248,7 @@ def _forward(
     each, none = (*lead, size), (0,)
     gates = (*lead, 4 * size) if keep else none
     before_c = each if keep and not static.gru else none
-    if lead[0] < FEW_ROWS:
+    if lead[0] < FEW_ROWS and lead[1] > 1:
         projected = args.xs @ args.w_ih
         args = args._replace(xs=projected, w_ih=jnp.zeros(none, projected.dtype))
     shapes = (each, args.h.shape, args.c.shape, gates, before_c)

@@ -41,6 +41,9 @@ const Loops& loops() {
   return chosen;
 }
 
+// Of so few rows a single step does not repay putting the weights in order.
+constexpr int64_t kFewRows = 8;
+
 // Runs f(0) .. f(count - 1) on the pool. The caller takes part, so that it ends even if
 // no other thread is free; it waits only for what others have begun.
 template <typename F>
@@ -129,6 +132,12 @@ ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
                    data(*ys), data(*h),       data(*c),        data(*gates),
                    data(*before_c)};
   const Flags flags = flags_of(mask, resets, reverse);
+  if (s.T == 1 && s.B <= kFewRows && io.gates == nullptr && !projected) {
+    share(pool, loops().step_panels(s), [&](int64_t panel) {
+      loops().step(cell, s, flags, io, data(w_ih), data(w_hh), panel);
+    });
+    return ffi::Error::Success();
+  }
   const auto packed = pack(pool, cell, s, false, data(w_ih), data(w_hh));
   const auto dealt = deal(s, flags.mask, pool.num_threads());
   share(pool, dealt.size(), [&](int64_t i) {

@@ -189,6 +189,25 @@ struct Active {
   }
 };
 
+// Makes gates of pre-activations, in their place, and returns the next h. Of an LSTM,
+// before is c, and the next c is written; of a GRU, before is h, and the fourth
+// pre-activation is h W_n + b_n, which goes before the candidate.
+template <Cell C>
+INLINE Vec update(Vec (&z)[4], Vec before, Vec& c) {
+  z[0] = sigmoid(z[0]);
+  z[1] = sigmoid(z[1]);
+  if (C == Cell::kLstm) {
+    z[2] = tanh(z[2]);
+    z[3] = sigmoid(z[3]);
+    c = z[1] * before + z[0] * z[2];
+    return z[3] * tanh(c);
+  }
+  const Vec candidate = tanh(z[2] + z[0] * z[3]);
+  z[2] = z[3];
+  z[3] = candidate;
+  return candidate + z[1] * (before - candidate);
+}
+
 // Forward. Weights of a panel, W hidden units: [D, G, W] where it projects, [H, G, W].
 
 template <Cell C>
@@ -271,34 +290,17 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
         multiply<R, G, 3>(h, w_h, H, acc);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          float* gates = keep ? io.gates + at[r] * 4 * H + u : nullptr;
-          Vec next;
-          if (kLstm) {
-            float* c_at = cs.at(places[r] * padded + u);
-            const Vec c = load(c_at);
-            const Vec i = sigmoid(acc[r][0]), f = sigmoid(acc[r][1]);
-            const Vec g = tanh(acc[r][2]), o = sigmoid(acc[r][3]);
-            const Vec c_next = f * c + i * g;
-            next = o * tanh(c_next);
-            store(c_at, c_next);
-            if (keep) {
-              store(gates, i, n);
-              store(gates + H, f, n);
-              store(gates + 2 * H, g, n);
-              store(gates + 3 * H, o, n);
-              store(io.before_c + at[r] * H + u, c, n);
+          float* before_at = kLstm ? cs.at(places[r] * padded + u) : nullptr;
+          const Vec before = load(kLstm ? before_at : h[r] + u);
+          Vec c;
+          const Vec next = update<C>(acc[r], before, c);
+          if (kLstm) store(before_at, c);
+          if (keep) {
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; ++g) {
+              store(io.gates + (at[r] * 4 + g) * H + u, acc[r][g], n);
             }
-          } else {
-            const Vec before = load(h[r] + u);
-            const Vec i = sigmoid(acc[r][0]), z = sigmoid(acc[r][1]);
-            const Vec candidate = tanh(acc[r][2] + i * acc[r][3]);
-            next = candidate + z * (before - candidate);
-            if (keep) {
-              store(gates, i, n);
-              store(gates + H, z, n);
-              store(gates + 2 * H, acc[r][3], n);
-              store(gates + 3 * H, candidate, n);
-            }
+            if (kLstm) store(io.before_c + at[r] * H + u, before, n);
           }
           store(h_at(places[r], 1) + u, next);
           store(io.ys + at[r] * H + u, next, n);
@@ -310,6 +312,73 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
   for (int64_t i = 0; i < count; ++i) {
     copy(h_at(i, 0), H, io.h + rows[i] * H);
     if (kLstm) copy(cs.at(i * padded), H, io.c + rows[i] * H);
+  }
+}
+
+// One step of few rows, which reads the weights where they are.
+
+constexpr int64_t kStepVectors = kAccumulators / 6;
+
+// acc[g] += a[k] * w[k], of columns that begin at u; the last gate goes to acc[Last].
+template <int G, int Last>
+INLINE void multiply_columns(const float* a, const float* w, int64_t count, int64_t H,
+                             int64_t u, Vec (&acc)[4][kStepVectors]) {
+  // Lanes behind the end are of another gate and are not used; but behind the last one
+  // there may be no memory.
+  const auto add = [&](int64_t k, auto read) __attribute__((always_inline)) {
+    const float* row = w + k * G * H + u;
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kStepVectors; ++v) {
+        acc[g == G - 1 ? Last : g][v] += read(row + g * H + v * W, H - u - v * W) * a[k];
+      }
+    }
+  };
+  const auto whole = [](const float* from, int64_t) { return load(from); };
+  const auto part = [](const float* from, int64_t n) { return load(from, n); };
+  // A row before the end has at least a row behind it.
+  const int64_t safe = (kStepVectors * W + G * H - 1) / (G * H);
+  int64_t k = 0;
+  for (; k < count - safe; ++k) add(k, whole);
+  for (; k < count; ++k) add(k, part);
+}
+
+template <Cell C>
+void step(const Shape& s, const Flags& flags, const Forward& io, const float* w_ih,
+          const float* w_hh, int64_t panel) {
+  constexpr int G = kGates<C>;
+  constexpr bool kLstm = C == Cell::kLstm;
+  const int64_t H = s.H, u = panel * kStepVectors * W;
+  const int64_t n = least(H - u, kStepVectors * W);
+  for (int64_t b = 0; b < s.B; ++b) {
+    const bool reset = flags.resets != nullptr && flags.resets[b];
+    const float* h = (reset ? io.fresh_h : io.h0) + b * H;
+    const float* c = kLstm ? (reset ? io.fresh_c : io.c0) + b * H : nullptr;
+    if (flags.mask != nullptr && !flags.mask[b]) {
+      clear(io.ys + b * H + u, n);
+      copy(h + u, n, io.h + b * H + u);
+      if (kLstm) copy(c + u, n, io.c + b * H + u);
+      continue;
+    }
+    Vec acc[4][kStepVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kStepVectors; ++v) {
+      const int64_t at = u + v * W, left = H - at;
+      for (int g = 0; g < G; ++g) acc[g][v] = load(io.bias + g * H + at, left);
+      if (!kLstm) acc[3][v] = load(io.bias_n + at, left);
+    }
+    multiply_columns<G, G - 1>(io.xs + b * s.D, w_ih, s.D, H, u, acc);
+    multiply_columns<G, 3>(h, w_hh, H, H, u, acc);
+    for (int v = 0; v < kStepVectors; ++v) {
+      const int64_t at = u + v * W, left = H - at;
+      if (left <= 0) break;
+      Vec z[4] = {acc[0][v], acc[1][v], acc[2][v], acc[3][v]}, next_c;
+      const Vec next = update<C>(z, load((kLstm ? c : h) + at, left), next_c);
+      store(io.ys + b * H + at, next, left);
+      store(io.h + b * H + at, next, left);
+      if (kLstm) store(io.c + b * H + at, next_c, left);
+    }
   }
 }
 
@@ -595,6 +664,16 @@ void backward(const Shape& s, const Flags& flags, const Backward& io, const Sums
   Backwards<C>(s, flags, io, to, each, packed, rows, count).run();
 }
 
+void run_step(Cell cell, const Shape& s, const Flags& flags, const Forward& io,
+              const float* w_ih, const float* w_hh, int64_t panel) {
+  const bool lstm = cell == Cell::kLstm;
+  (lstm ? step<Cell::kLstm> : step<Cell::kGru>)(s, flags, io, w_ih, w_hh, panel);
+}
+
+int64_t step_panels(const Shape& s) {
+  return (vectors(s.H) + kStepVectors - 1) / kStepVectors;
+}
+
 int64_t panels(Cell, const Shape& s, bool backward) {
   return backward ? spans(s.H) : vectors(s.H);
 }
@@ -635,6 +714,7 @@ void run_backward(Cell cell, const Shape& s, const Flags& flags, const Backward&
 }  // namespace
 
 extern const Loops JLSTM_LOOPS;
-const Loops JLSTM_LOOPS = {panels, packed_size, pack, run_forward, run_backward};
+const Loops JLSTM_LOOPS = {panels,       packed_size, pack,       run_forward,
+                           run_backward, step_panels, run_step};
 
 }  // namespace jlstm

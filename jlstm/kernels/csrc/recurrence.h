@@ -71,6 +71,11 @@ struct Loops {
   void (*backward)(Cell, const Shape&, const Flags&, const Backward&, const Sums&,
                    const Each&, const float* packed, const int64_t* rows,
                    int64_t count);
+
+  // One forward step of all rows, for a panel of hidden units; T is 1.
+  int64_t (*step_panels)(const Shape&);
+  void (*step)(Cell, const Shape&, const Flags&, const Forward&, const float* w_ih,
+               const float* w_hh, int64_t panel);
 };
 
 }  // namespace jlstm
