@@ -60,7 +60,7 @@ def build() -> Path | None:
         library = str(Path(folder) / "library.so")
         link = [compiler, "-shared", "-pthread", *outputs, "-o", library]
         if sys.platform == "linux":
-            link += ["-static-libstdc++", "-static-libgcc"]
+            link += ["-s", "-static-libstdc++", "-static-libgcc"]
         problem = _run(commands) or _run([link])
         if problem:
             return _without(problem)

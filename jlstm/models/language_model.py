@@ -124,5 +124,8 @@ class LanguageModel:
         )
         w = params.embed.table.T if params.w is None else params.w
         dtype = common_dtype(ys.dtype, w.dtype)
-        logits = affine(ys.astype(dtype), w.astype(dtype), params.b.astype(dtype))
+        # As rows: of two axes to sum over, XLA would transpose the logits' gradient.
+        rows = ys.reshape(-1, ys.shape[-1]).astype(dtype)
+        logits = affine(rows, w.astype(dtype), params.b.astype(dtype))
+        logits = logits.reshape(*ys.shape[:-1], self.vocab_size)
         return zero_rows(valid, logits), carry

@@ -5,8 +5,8 @@ batches with different numbers of valid steps is the average over all their step
 Masked positions are cleaned before any arithmetic: whatever they hold, NaN included,
 changes neither value nor gradient. Arithmetic is in float32 at least.
 
-Nothing is flattened or gathered, so that batch-sharded inputs work under every kind of
-mesh; picking the label's logit is a comparison with an iota, which XLA fuses.
+Nothing is flattened, and gathered along the last axis only, so that sharded inputs work
+under every kind of mesh.
 """
 
 from __future__ import annotations
@@ -95,12 +95,13 @@ def softmax_cross_entropy(
             f"{where}: label_smoothing must be in [0, 1), got {label_smoothing}"
         )
     labels, valid = _check_labels(where, logits, labels, mask, lengths)
-    log_p = jax.nn.log_softmax(_clean(logits, valid), axis=-1)
-    losses = -jnp.sum(jnp.where(_one_hot(labels, log_p), log_p, 0), axis=-1)
+    z = _clean(logits, valid)
+    z = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
+    log_sum, score = _log_sum_and_score(z, labels)
     if label_smoothing:
-        uniform = -jnp.mean(log_p, axis=-1)
-        losses = (1.0 - label_smoothing) * losses + label_smoothing * uniform
-    return _mean(losses, valid)
+        uniform = jnp.mean(z, axis=-1)
+        score = (1.0 - label_smoothing) * score + label_smoothing * uniform
+    return _mean(log_sum - score, valid)
 
 
 def accuracy(
@@ -307,10 +308,31 @@ def _expand(mask: Array, ndim: int) -> Array:
     return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
 
 
-def _one_hot(labels: Array, logits: Array) -> Array:
-    shape = (*(1,) * labels.ndim, logits.shape[-1])
+@jax.custom_jvp
+def _log_sum_and_score(z: Array, labels: Array) -> tuple[Array, Array]:
+    """Returns ``log(sum(exp(z)))`` and ``z`` at the labels, ``z`` at most 0."""
+    log_sum = jnp.log(jnp.sum(jnp.exp(z), axis=-1))
+    if jax.typeof(z).sharding.spec[-1] is not None:  # no gather along such an axis
+        return log_sum, _sum_at(labels, z)
+    return log_sum, jnp.take_along_axis(z, labels[..., None], axis=-1)[..., 0]
+
+
+@_log_sum_and_score.defjvp
+def _log_sum_and_score_jvp(primals: Any, tangents: Any) -> Any:
+    # Autodiff would keep exp(z) beside z. Here only z lives on, and the gradient by
+    # the logits takes its memory in one pass: it may, because the maximum, which is
+    # log_sum as the scores are at most 0, makes it wait until z has been gathered from.
+    (z, labels), (dz, _) = primals, tangents
+    log_sum, score = _log_sum_and_score(z, labels)
+    p = jnp.exp(z - jnp.maximum(log_sum, score)[..., None])
+    return (log_sum, score), (jnp.sum(p * dz, axis=-1), _sum_at(labels, dz))
+
+
+def _sum_at(labels: Array, x: Array) -> Array:
+    """Picks by a comparison, whose transpose is no scatter."""
+    shape = (*(1,) * labels.ndim, x.shape[-1])
     classes = jax.lax.broadcasted_iota(labels.dtype, shape, labels.ndim)
-    return labels[..., None] == classes
+    return jnp.sum(jnp.where(labels[..., None] == classes, x, 0), axis=-1)
 
 
 def _check_labels(

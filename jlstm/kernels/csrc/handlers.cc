@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -21,7 +22,71 @@ extern const Loops kAvx2, kAvx512;
 
 namespace {
 
+struct Block {
+  void* data;
+  size_t bytes;
+};
+
+constexpr size_t kMostKept = size_t{64} << 20;
+std::mutex kept_mutex;
+std::vector<Block> kept_blocks;
+size_t kept_bytes = 0;
+
+// So that blocks of nearly the same size stand in for each other.
+size_t rounded(size_t bytes) { return (bytes + (1 << 14)) >> 14 << 14; }
+
+}  // namespace
+
+void* take(size_t bytes) {
+  bytes = rounded(bytes);
+  {
+    std::lock_guard<std::mutex> lock(kept_mutex);
+    for (Block& block : kept_blocks) {
+      if (block.bytes != bytes) continue;
+      void* data = block.data;
+      block = kept_blocks.back();
+      kept_blocks.pop_back();
+      kept_bytes -= bytes;
+      return data;
+    }
+  }
+  void* data = std::aligned_alloc(64, bytes);
+  if (data == nullptr) throw std::bad_alloc();
+  return data;
+}
+
+void give(void* data, size_t bytes) {
+  bytes = rounded(bytes);
+  std::lock_guard<std::mutex> lock(kept_mutex);
+  kept_blocks.push_back({data, bytes});
+  kept_bytes += bytes;
+  // The oldest go first.
+  while (kept_bytes > kMostKept) {
+    std::free(kept_blocks.front().data);
+    kept_bytes -= kept_blocks.front().bytes;
+    kept_blocks.erase(kept_blocks.begin());
+  }
+}
+
+namespace {
+
 namespace ffi = xla::ffi;
+
+// Floats for as long as a call runs.
+class Floats {
+ public:
+  explicit Floats(int64_t n) : size_(n), data_(static_cast<float*>(take(bytes()))) {}
+  ~Floats() { give(data_, bytes()); }
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+  float* data() const { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  size_t bytes() const { return size_ * sizeof(float); }
+  int64_t size_;
+  float* data_;
+};
 
 // The best that the processor has, unless JLSTM_LOOPS names one.
 const Loops& choose() {
@@ -104,18 +169,18 @@ Flags flags_of(Booleans& mask, Booleans& resets, bool reverse) {
   return {data(mask), data(resets), reverse};
 }
 
-std::unique_ptr<float[]> pack(ffi::ThreadPool& pool, Cell cell, const Shape& s,
-                              bool backward, const float* w_ih, const float* w_hh) {
-  const int64_t size = loops().packed_size(cell, s, backward, w_ih == nullptr);
-  std::unique_ptr<float[]> packed(new float[size]);
+// Puts weights in order, a share of the panels on each thread.
+void pack(ffi::ThreadPool& pool, Cell cell, const Shape& s, bool backward,
+          const float* w_ih, const float* w_hh, const Floats& packed) {
   const int64_t panels = loops().panels(cell, s, backward);
-  const int64_t parts = std::min(panels, pool.num_threads());
+  // Of small weights another thread would not have woken before they are in order.
+  const bool small = packed.size() < (1 << 18);
+  const int64_t parts = small ? 1 : std::min(panels, pool.num_threads());
   share(pool, parts, [&](int64_t part) {
     for (int64_t p = part; p < panels; p += parts) {
-      loops().pack(cell, s, backward, w_ih, w_hh, p, packed.get());
+      loops().pack(cell, s, backward, w_ih, w_hh, p, packed.data());
     }
   });
-  return packed;
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
@@ -138,24 +203,13 @@ ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
     });
     return ffi::Error::Success();
   }
-  const auto packed = pack(pool, cell, s, false, data(w_ih), data(w_hh));
+  const Floats packed(loops().packed_size(cell, s, false, projected));
+  pack(pool, cell, s, false, data(w_ih), data(w_hh), packed);
   const auto dealt = deal(s, flags.mask, pool.num_threads());
   share(pool, dealt.size(), [&](int64_t i) {
-    loops().forward(cell, s, flags, io, packed.get(), dealt[i].data(), dealt[i].size());
+    loops().forward(cell, s, flags, io, packed.data(), dealt[i].data(), dealt[i].size());
   });
   return ffi::Error::Success();
-}
-
-// Adds parts [count, size], of which the first is the sum, a stretch on each thread.
-void add(ffi::ThreadPool& pool, float* sum, const float* parts, int64_t count,
-         int64_t size) {
-  constexpr int64_t kStretch = 1 << 14;
-  share(pool, (size + kStretch - 1) / kStretch, [&](int64_t stretch) {
-    const int64_t end = std::min(size, (stretch + 1) * kStretch);
-    for (int64_t part = 0; part < count; ++part) {
-      for (int64_t i = stretch * kStretch; i < end; ++i) sum[i] += parts[part * size + i];
-    }
-  });
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Buffer w_hh, Buffer xs, Buffer ys, Buffer h0,
@@ -171,7 +225,8 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer w_hh, Buffer xs, Buffer ys, Buf
                     data(dc),   data(*dz),  data(*dh0),      data(*dc0),
                     data(*dfresh_h), data(*dfresh_c)};
   const Flags flags = flags_of(mask, resets, reverse);
-  const auto packed = pack(pool, cell, s, true, nullptr, data(w_hh));
+  const Floats packed(loops().packed_size(cell, s, true, true));
+  pack(pool, cell, s, true, nullptr, data(w_hh), packed);
   const auto dealt = deal(s, flags.mask, pool.num_threads());
 
   // The first thread adds to the results, the others to sums of their own, which are
@@ -181,11 +236,8 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer w_hh, Buffer xs, Buffer ys, Buf
                            static_cast<int64_t>(dbias->element_count())};
   float* const results[] = {data(*dw_ih), data(*dw_hh), data(*dbias)};
   const int64_t others = dealt.size() - 1;
-  std::vector<float> own[3];
-  for (int i = 0; i < 3; ++i) {
-    std::fill_n(results[i], sizes[i], 0.0f);
-    own[i].resize(others * sizes[i]);
-  }
+  const Floats own[] = {Floats(others * sizes[0]), Floats(others * sizes[1]),
+                        Floats(others * sizes[2])};
   const auto sum = [&](int64_t thread, int i) {
     return thread ? own[i].data() + (thread - 1) * sizes[i] : results[i];
   };
@@ -199,10 +251,26 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer w_hh, Buffer xs, Buffer ys, Buf
   const Each each{&pool, few ? +run : nullptr};
   share(pool, dealt.size(), [&](int64_t i) {
     const Sums to{sum(i, 0), sum(i, 1), sum(i, 2)};
-    loops().backward(cell, s, flags, io, to, each, packed.get(), dealt[i].data(),
+    std::fill_n(to.dw_ih, sizes[0], 0.0f);
+    std::fill_n(to.dw_hh, sizes[1], 0.0f);
+    std::fill_n(to.dbias, sizes[2], 0.0f);
+    loops().backward(cell, s, flags, io, to, each, packed.data(), dealt[i].data(),
                      dealt[i].size());
   });
-  for (int i = 0; i < 3; ++i) add(pool, results[i], own[i].data(), others, sizes[i]);
+  if (others == 0) return ffi::Error::Success();
+  constexpr int64_t kStretch = 1 << 16;
+  int64_t stretches[] = {0, 0, 0};
+  for (int i = 0; i < 3; ++i) stretches[i] = (sizes[i] + kStretch - 1) / kStretch;
+  share(pool, stretches[0] + stretches[1] + stretches[2], [&](int64_t stretch) {
+    int i = 0;
+    for (; stretch >= stretches[i]; ++i) stretch -= stretches[i];
+    const int64_t begin = stretch * kStretch;
+    const int64_t end = std::min(sizes[i], begin + kStretch);
+    for (int64_t thread = 1; thread <= others; ++thread) {
+      const float* part = sum(thread, i);
+      for (int64_t j = begin; j < end; ++j) results[i][j] += part[j];
+    }
+  });
   return ffi::Error::Success();
 }
 

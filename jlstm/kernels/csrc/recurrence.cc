@@ -2,7 +2,6 @@
 // options, and JLSTM_LOOPS is the name under which it is found.
 #include "recurrence.h"
 
-#include <cstdlib>
 #include <cstring>
 
 namespace jlstm {
@@ -41,23 +40,22 @@ INLINE void copy(const float* from, int64_t n, float* to) {
 
 INLINE void clear(float* to, int64_t n) { std::memset(to, 0, n * sizeof(float)); }
 
-// Zeros, on the boundary of a cache line.
+// Memory for as long as a loop runs; zeros unless it is said that they are not needed.
 template <typename T>
-class Zeros {
+class Scratch {
  public:
-  explicit Zeros(int64_t n) {
-    const size_t bytes = (n * sizeof(T) + 127) / 64 * 64;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (data_ == nullptr) std::abort();
-    std::memset(data_, 0, bytes);
+  explicit Scratch(int64_t n, bool zeros = true)
+      : bytes_(n * sizeof(T)), data_(static_cast<T*>(take(bytes_))) {
+    if (zeros) std::memset(data_, 0, bytes_);
   }
-  ~Zeros() { std::free(data_); }
-  Zeros(const Zeros&) = delete;
-  Zeros& operator=(const Zeros&) = delete;
+  ~Scratch() { give(data_, bytes_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   T* at(int64_t i) const { return data_ + i; }
   T& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  size_t bytes_;
   T* data_;
 };
 
@@ -172,7 +170,7 @@ INLINE Span span(int64_t H, int64_t panel) {
 
 // Rows at work in a step, as places in the list of a thread's rows.
 struct Active {
-  Zeros<int64_t> places;
+  Scratch<int64_t> places;
   int64_t count = 0;
 
   template <typename F>
@@ -238,8 +236,8 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
   const bool keep = io.gates != nullptr;
 
   // The carry h of a row has two places: a step reads one and writes the other.
-  const Zeros<float> hs(2 * count * padded), cs(kLstm ? count * padded : 0);
-  const Zeros<int64_t> now(count);
+  const Scratch<float> hs(2 * count * padded), cs(kLstm ? count * padded : 0);
+  const Scratch<int64_t> now(count);
   const auto h_at = [&](int64_t i, int64_t which) {
     return hs.at((2 * i + (now[i] ^ which)) * padded);
   };
@@ -249,7 +247,7 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
   };
   for (int64_t i = 0; i < count; ++i) set(i, io.h0, io.c0);
 
-  Active active{Zeros<int64_t>(count)};
+  Active active{Scratch<int64_t>(count)};
   for (int64_t step = 0; step < s.T; ++step) {
     const int64_t t = flags.reverse ? s.T - 1 - step : step;
     if (flags.resets != nullptr) {
@@ -454,8 +452,8 @@ class Backwards {
             const Each& each, const float* packed, const int64_t* rows, int64_t count)
       : s(s), flags(flags), io(io), to(to), each(each), packed(packed), rows(rows),
         count(count), size(kBlock > count ? kBlock : count), source(count * s.T),
-        dhs(count * padded), dcs(kLstm ? count * padded : 0), dzs(4 * padded * size),
-        sums(4 * padded), xs(size), hs(size), active{Zeros<int64_t>(count)} {}
+        dhs(count * padded), dcs(kLstm ? count * padded : 0), dzs(4 * padded * size, false),
+        sums(4 * padded), xs(size), hs(size), active{Scratch<int64_t>(count)} {}
 
   void run() {
     start();
@@ -649,10 +647,10 @@ class Backwards {
   const int64_t count;
   const int64_t H = s.H, P = vectors(H), padded = P * W;
   const int64_t size;            // of a block
-  const Zeros<int64_t> source;   // [count, T]
-  const Zeros<float> dhs, dcs;   // [count, padded]
-  const Zeros<float> dzs, sums;  // [P, size, 4, W], [4, padded]
-  const Zeros<const float*> xs, hs;
+  const Scratch<int64_t> source;   // [count, T]
+  const Scratch<float> dhs, dcs;   // [count, padded]
+  const Scratch<float> dzs, sums;  // [P, size, 4, W], [4, padded]
+  const Scratch<const float*> xs, hs;
   int64_t filled = 0;  // of the block
   Active active;
 };

@@ -5,9 +5,15 @@
 // reset gate comes after the recurrent product.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace jlstm {
+
+// Memory on the boundary of a cache line. What is given back is kept for later calls,
+// up to a limit: fresh pages cost more than the work that is done in them.
+void* take(size_t bytes);
+void give(void* block, size_t bytes);
 
 enum class Cell : int32_t { kLstm = 0, kGru = 1 };
 
