@@ -51,7 +51,9 @@ def name_of(value: Any) -> str:
 @pytest.mark.core
 @pytest.mark.parametrize("cell", KINDS, ids=repr)
 def test_cell_obeys_the_laws(cell):
-    check_cell(cell)
+    # What the plain scan adds to the fused loop does not depend on the cell.
+    both = isinstance(cell, jlstm.LSTM)
+    check_cell(cell, implementations=("fused", "scan") if both else ("fused",))
 
 
 @pytest.mark.parametrize("cell", VARIANTS, ids=repr)

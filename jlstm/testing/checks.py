@@ -63,7 +63,7 @@ def check_cell(
         mistakes.check_cell_results(cell, case, rows_in_params=rows_in_params)
         laws.check_config(cell)
         laws.check_parts(cell, case)
-        fresh = cell.init_carry(case.params, (laws.BATCH,))
+        fresh = laws.fresh_carry(cell, case.params)
         results = []
         for name in implementations:
             run = laws.Runner(partial(unroll, cell, implementation=name), name)
@@ -74,8 +74,8 @@ def check_cell(
             laws.check_chunks(cell, case, run)
             laws.check_reverse(cell, case, run)
             laws.check_rows(cell, case, run, take_rows)
-            laws.check_resets(cell, case, run, cell.init_carry)
-            laws.check_resets(cell, case, run, cell.init_carry, reverse=True)
+            laws.check_resets(cell, case, run)
+            laws.check_resets(cell, case, run, reverse=True)
             laws.check_vmap(cell, case, run)
             laws.check_traces(
                 cell,

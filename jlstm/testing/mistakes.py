@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlstm.cells import prepare
 from jlstm.door import check_hashable
 from jlstm.layers.recurrent import check_cell_field, check_layer_field
-from jlstm.testing.laws import BATCH, Case
+from jlstm.testing.laws import BATCH, Case, to_numpy
 from jlstm.types import PyTree, is_inexact, join, smooth_leaves
 
 CELL = {
@@ -73,8 +75,8 @@ def check_cell_results(cell: Any, case: Case, *, rows_in_params: bool = False) -
     """
     where = "check_cell"
     _check_fresh(where, cell, case.params, BATCH if rows_in_params else BATCH + 1)
-    params, xs = prepare(cell, case.params, case.xs)
-    x, fresh = jax.tree.map(_first, xs), cell.init_carry(case.params, (BATCH,))
+    fresh = jax.eval_shape(lambda p: cell.init_carry(p, (BATCH,)), case.params)
+    params, x = jax.eval_shape(partial(_first_step, cell), case.params, case.xs)
     out = _call(f"{where}: step(params, carry, x)", cell.step, params, fresh, x)
     _check_pair(f"{where}: step must return (carry, y)", out, fresh)
     new, y = out
@@ -110,8 +112,9 @@ def describe(tree: PyTree) -> str:
     return f"{type(tree).__name__}({', '.join(found)})"
 
 
-def _first(leaf: Any) -> Any:
-    return leaf[:, 0]
+def _first_step(cell: Any, params: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
+    params, xs = prepare(cell, params, xs)
+    return params, jax.tree.map(lambda leaf: leaf[:, 0], xs)
 
 
 def _call(where: str, method: Callable[..., Any], *args: PyTree) -> Any:
@@ -170,12 +173,12 @@ def _check_output(where: str, ys: PyTree, axes: int) -> None:
 
 
 def _check_finite_at_zero(cell: Any, case: Case) -> None:
-    zeros = jax.tree.map(jnp.zeros_like, case.xs)
+    zeros = jax.tree.map(np.zeros_like, case.xs)
 
     def run(smooth: PyTree) -> tuple[Any, PyTree]:
         params, xs, carry = join(smooth, (case.params, zeros, case.carry))
-        params, xs = prepare(cell, params, xs)
-        new, y = cell.step(params, carry, jax.tree.map(_first, xs))
+        params, x = _first_step(cell, params, xs)
+        new, y = cell.step(params, carry, x)
         leaves = jax.tree.leaves(smooth_leaves((new, y)))
         return sum((leaf.sum() for leaf in leaves), jnp.zeros(())), (new, y)
 
@@ -183,7 +186,7 @@ def _check_finite_at_zero(cell: Any, case: Case) -> None:
     grads, out = jax.jit(jax.grad(run, has_aux=True))(given)
     names = ("carry", "y", *(f"gradient of {n}" for n in ("params", "x", "carry")))
     for name, tree in zip(names, (*out, *grads), strict=True):
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree)):
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(to_numpy(tree))):
             raise ValueError(
                 "check_cell: step must be finite at x = 0, because padding is zeroed; "
                 f"got NaN or infinity in the {name}; guard what divides by x, or takes "
