@@ -126,9 +126,9 @@ def main(config: Config) -> dict:
 
     def loss_fn(params, batch, *, key, carry):
         masking = {"lengths": batch.get("lengths"), "resets": batch["resets"]}
-        logits, carry = model.apply(params, batch["inputs"], carry, key=key, **masking)
-        loss = train.softmax_cross_entropy(
-            logits, batch["targets"], lengths=batch.get("lengths")
+        ys, carry = model.features(params, batch["inputs"], carry, key=key, **masking)
+        loss = train.projected_cross_entropy(
+            ys, *model.head(params), batch["targets"], lengths=batch.get("lengths")
         )
         return loss, train.Aux({"bits": train.bits(loss)}, carry)
 

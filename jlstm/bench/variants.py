@@ -121,8 +121,8 @@ def _language(variant: Variant, cell: Any, suite: Suite, size: Size) -> Program:
         tx = optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(1.0))
 
     def loss_fn(params: Any, batch: Any, *, key: Any, carry: Any) -> Any:
-        logits, carry = model.apply(params, batch[:, :-1], carry, key=key)
-        loss = train.softmax_cross_entropy(logits, batch[:, 1:])
+        ys, carry = model.features(params, batch[:, :-1], carry, key=key)
+        loss = train.projected_cross_entropy(ys, *model.head(params), batch[:, 1:])
         return loss, train.Aux({}, carry)
 
     carry = model.init_carry(params, (size.B,))
@@ -161,8 +161,9 @@ def _parts(
     @jax.jit
     def outer_gradients(params: Any, tokens: jax.Array) -> Any:
         def loss(params: Any) -> jax.Array:
-            logits, _ = outside.apply(params, tokens[:, :-1])
-            return train.softmax_cross_entropy(logits, tokens[:, 1:]).value
+            ys, _ = outside.features(params, tokens[:, :-1])
+            head, labels = outside.head(params), tokens[:, 1:]
+            return train.projected_cross_entropy(ys, *head, labels).value
 
         return jax.grad(loss)(params)
 

@@ -117,15 +117,41 @@ class LanguageModel:
     ) -> tuple[Array, PyTree]:
         """Returns ``(logits [B, T, V], carry)`` for tokens ``xs [B, T]``."""
         masking: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
-        valid = valid_steps(xs, **masking, where="LanguageModel")
-        vectors, _ = run_layer("embed", self._embed, params.embed, xs, **masking)
-        ys, carry = run_layer(
-            "body", self.body, params.body, vectors, carry, key=key, **masking
-        )
-        w = params.embed.table.T if params.w is None else params.w
+        ys, carry = self.features(params, xs, carry, key=key, **masking)
+        w, b = self.head(params)
         dtype = common_dtype(ys.dtype, w.dtype)
         # As rows: of two axes to sum over, XLA would transpose the logits' gradient.
         rows = ys.reshape(-1, ys.shape[-1]).astype(dtype)
-        logits = affine(rows, w.astype(dtype), params.b.astype(dtype))
+        logits = affine(rows, w.astype(dtype), b.astype(dtype))
         logits = logits.reshape(*ys.shape[:-1], self.vocab_size)
-        return zero_rows(valid, logits), carry
+        return zero_rows(
+            valid_steps(xs, **masking, where="LanguageModel"), logits
+        ), carry
+
+    def features(
+        self,
+        params: LanguageModelParams,
+        xs: Array,
+        carry: PyTree = None,
+        *,
+        lengths: Array | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        key: Array | None = None,
+    ) -> tuple[Array, PyTree]:
+        """Returns ``(ys [B, T, D], carry)``, what the head makes logits of.
+
+        A loss that never holds the logits takes them:
+        ``train.projected_cross_entropy(ys, *model.head(params), labels)``.
+        """
+        masking: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
+        valid_steps(xs, **masking, where="LanguageModel")
+        vectors, _ = run_layer("embed", self._embed, params.embed, xs, **masking)
+        return run_layer(
+            "body", self.body, params.body, vectors, carry, key=key, **masking
+        )
+
+    def head(self, params: LanguageModelParams) -> tuple[Array, Array]:
+        """Returns the softmax's ``w [D, V]`` and ``b [V]``."""
+        w = params.embed.table.T if params.w is None else params.w
+        return w, params.b

@@ -28,6 +28,7 @@ from jlstm.train.losses import (
 from jlstm.train.optimizers import adamw, make_schedule, sgd
 from jlstm.train.parallel import data_parallel
 from jlstm.train.plots import plot_metrics, read_jsonl
+from jlstm.train.projected import projected_cross_entropy
 from jlstm.train.script import Options, Workdir, describe, environment, run
 from jlstm.train.state import TrainState, create_state
 from jlstm.train.step import (
@@ -68,6 +69,7 @@ __all__ = [
     "make_schedule",
     "make_train_step",
     "plot_metrics",
+    "projected_cross_entropy",
     "read_jsonl",
     "run",
     "save",

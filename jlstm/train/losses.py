@@ -90,18 +90,10 @@ def softmax_cross_entropy(
       4 1.3862944
     """
     where = "softmax_cross_entropy"
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(
-            f"{where}: label_smoothing must be in [0, 1), got {label_smoothing}"
-        )
-    labels, valid = _check_labels(where, logits, labels, mask, lengths)
-    z = _clean(logits, valid)
-    z = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
-    log_sum, score = _log_sum_and_score(z, labels)
-    if label_smoothing:
-        uniform = jnp.mean(z, axis=-1)
-        score = (1.0 - label_smoothing) * score + label_smoothing * uniform
-    return _mean(log_sum - score, valid)
+    check_smoothing(where, label_smoothing)
+    logits = jnp.asarray(logits)
+    labels, valid = check_labels(where, logits, labels, mask, lengths)
+    return _mean(cross_entropies(_clean(logits, valid), labels, label_smoothing), valid)
 
 
 def accuracy(
@@ -129,7 +121,8 @@ def accuracy(
       >>> print(jlstm.train.accuracy(jnp.eye(3), jnp.array([0, 1, 1])).value)
       0.6666667
     """
-    labels, valid = _check_labels("accuracy", logits, labels, mask, lengths)
+    logits = jnp.asarray(logits)
+    labels, valid = check_labels("accuracy", logits, labels, mask, lengths)
     guesses = jnp.argmax(_clean(logits, valid), axis=-1)
     return _mean((guesses == labels).astype(jnp.float32), valid)
 
@@ -288,6 +281,16 @@ def divide(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     }
 
 
+def cross_entropies(z: Array, labels: Array, label_smoothing: float) -> Array:
+    """Returns the loss of each label, for logits ``z [..., V]`` as wide as it is."""
+    z = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
+    log_sum, score = _log_sum_and_score(z, labels)
+    if label_smoothing:
+        uniform = jnp.mean(z, axis=-1)
+        score = (1.0 - label_smoothing) * score + label_smoothing * uniform
+    return log_sum - score
+
+
 def _mean(losses: Array, valid: Array | None) -> Mean:
     if valid is None:
         return Mean(jnp.sum(losses), jnp.int32(losses.size))
@@ -313,7 +316,7 @@ def _log_sum_and_score(z: Array, labels: Array) -> tuple[Array, Array]:
     """Returns ``log(sum(exp(z)))`` and ``z`` at the labels, ``z`` at most 0."""
     log_sum = jnp.log(jnp.sum(jnp.exp(z), axis=-1))
     if jax.typeof(z).sharding.spec[-1] is not None:  # no gather along such an axis
-        return log_sum, _sum_at(labels, z)
+        return log_sum, jnp.sum(jnp.where(_is_label(labels, z), z, 0), axis=-1)
     return log_sum, jnp.take_along_axis(z, labels[..., None], axis=-1)[..., 0]
 
 
@@ -325,25 +328,35 @@ def _log_sum_and_score_jvp(primals: Any, tangents: Any) -> Any:
     (z, labels), (dz, _) = primals, tangents
     log_sum, score = _log_sum_and_score(z, labels)
     p = jnp.exp(z - jnp.maximum(log_sum, score)[..., None])
-    return (log_sum, score), (jnp.sum(p * dz, axis=-1), _sum_at(labels, dz))
+    # By a product, whose transpose, unlike that of a choice, makes no array of zeros.
+    chosen = _is_label(labels, z).astype(dz.dtype)
+    return (log_sum, score), (jnp.sum(p * dz, axis=-1), jnp.sum(chosen * dz, axis=-1))
 
 
-def _sum_at(labels: Array, x: Array) -> Array:
-    """Picks by a comparison, whose transpose is no scatter."""
-    shape = (*(1,) * labels.ndim, x.shape[-1])
-    classes = jax.lax.broadcasted_iota(labels.dtype, shape, labels.ndim)
-    return jnp.sum(jnp.where(labels[..., None] == classes, x, 0), axis=-1)
+def _is_label(labels: Array, z: Array) -> Array:
+    shape = (*(1,) * labels.ndim, z.shape[-1])
+    return labels[..., None] == jax.lax.broadcasted_iota(
+        labels.dtype, shape, labels.ndim
+    )
 
 
-def _check_labels(
+def check_smoothing(where: str, label_smoothing: float) -> None:
+    """Refuses a weight outside ``[0, 1)``."""
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(
+            f"{where}: label_smoothing must be in [0, 1), got {label_smoothing}"
+        )
+
+
+def check_labels(
     where: str,
-    logits: ArrayLike,
+    logits: Array | jax.ShapeDtypeStruct,
     labels: ArrayLike,
     mask: ArrayLike | None,
     lengths: ArrayLike | None,
 ) -> tuple[Array, Array | None]:
     """Checks logits and labels; returns labels in range, and what is valid."""
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"{where}: labels must be integers, got {type_name(labels)}; "
@@ -354,6 +367,8 @@ def _check_labels(
             f"{where}: logits [..., V] must have one dimension more than labels [...], "
             f"got {type_name(logits)} and {type_name(labels)}"
         )
+    if labels.dtype.itemsize < 4:  # 300 classes do not fit in a byte
+        labels = labels.astype(jnp.int32)
     valid = _valid(where, labels.shape, mask, lengths)
     if valid is not None:
         labels = jnp.where(_expand(valid, labels.ndim), labels, 0)
