@@ -111,7 +111,7 @@ AXES = pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit], ids=s
 @pytest.mark.parametrize(
     ("name", "implementation", "axis"),
     [
-        (*way, axis)
+        pytest.param(*way, axis, marks=[pytest.mark.slow] * (way == WAYS[1]))
         for way in WAYS
         for axis in (AxisType.Auto, AxisType.Explicit)
         if axis == AxisType.Explicit or way in (WAYS[2], WAYS[4])

@@ -167,7 +167,9 @@ for case in test_native.CASES[2:5] + test_native.CASES[9:12]:
 
 @pytest.mark.parametrize("loops", ["portable", "avx2"])
 def test_loops_for_other_processors_equal_the_reference(loops):
+    plain = str(jax.config.read("jax_disable_most_optimizations"))
     environment = {**os.environ, "JLSTM_LOOPS": loops}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = plain
     here = Path(__file__).parent
     environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here)])
     command = [sys.executable, "-c", LOOPS]

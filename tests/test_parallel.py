@@ -41,7 +41,7 @@ def tags(rows: int, time: int = 6) -> dict:
     }
 
 
-@pytest.mark.parametrize("rows", [6, 5, 1])
+@pytest.mark.parametrize("rows", [pytest.param(6, marks=pytest.mark.slow), 5, 1])
 def test_loss_metrics_and_gradients_equal_one_device(rows):
     with jax.enable_x64(True):
         batch = jax.tree.map(jnp.asarray, tags(rows))
@@ -57,7 +57,7 @@ def test_loss_metrics_and_gradients_equal_one_device(rows):
         close(results(train.data_parallel(tag_loss, 2)), results(tag_loss))
 
 
-@pytest.mark.parametrize("rows", [4, 3])
+@pytest.mark.parametrize("rows", [pytest.param(4, marks=pytest.mark.slow), 3])
 def test_training_with_a_carry_equals_one_device(rows):
     with jax.enable_x64(True):
         ids = np.random.default_rng(0).integers(0, 7, (5, rows, 4))

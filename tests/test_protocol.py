@@ -12,6 +12,7 @@ import dataclasses
 import re
 import runpy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -369,15 +370,18 @@ IRREGULAR = (
 )
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("cell", "x"),
     [
         (MGU(4), None),
-        (ConvLSTM(2, height=4, width=3), IMAGE),
-        (ProjectedLSTM(4, projection_size=2), None),
         (GRUD(3), IRREGULAR),
         (Zoneout(jlstm.LSTM(4), 0.2), None),
-        (Zoneout(MGU(4), 0.2), None),
+        slow(ConvLSTM(2, height=4, width=3), IMAGE),
+        slow(ProjectedLSTM(4, projection_size=2), None),
+        slow(Zoneout(MGU(4), 0.2), None),
     ],
     ids=lambda value: repr(value) if hasattr(value, "step") else "",
 )
@@ -439,6 +443,7 @@ def test_halving_layer_obeys_the_laws():
     check_layer(Halve(), resets=False)
 
 
+@pytest.mark.slow
 def test_stack_with_a_halving_layer_obeys_the_laws():
     layer = jlstm.stack(
         jlstm.bidirectional(jlstm.LSTM(2)), Halve(), jlstm.bidirectional(jlstm.GRU(2))
