@@ -59,7 +59,9 @@ def one_batch(monkeypatch):
     monkeypatch.setattr(fused, "may_be_sharded", lambda: False)
 
 
-def results(kernel, cell, *, batch=BATCH, time=TIME, dtype=jnp.float64, **options):
+def results(
+    kernel, cell, *, batch=BATCH, time=TIME, dtype=jnp.float64, grad=True, **options
+):
     """Values and gradients of a kernel, with holes, resets and both carries."""
     with jax.enable_x64(True):
         xs = random_like(jnp.zeros((batch, time, SIZE), dtype), seed=0)
@@ -69,8 +71,6 @@ def results(kernel, cell, *, batch=BATCH, time=TIME, dtype=jnp.float64, **option
         mask, resets = jnp.asarray(draws[0] < 0.7), jnp.asarray(draws[1] < 0.2)
         xs = jlstm.zero_rows(mask, xs)
 
-        @jax.jit
-        @partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
         def run(params, xs, carry):
             fresh = jax.tree.map(lambda leaf: leaf + 1, carry)
             out = kernel.unroll(
@@ -82,13 +82,33 @@ def results(kernel, cell, *, batch=BATCH, time=TIME, dtype=jnp.float64, **option
                 (a * b).sum() for a, b in zip(leaves, cotangents, strict=True)
             ), out
 
-        return run(params, xs, carry)
+        if grad:
+            run = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
+        return jax.jit(run)(params, xs, carry)
 
 
 KEY = jax.random.key(0)
 close = partial(chex.assert_trees_all_close, rtol=1e-10, atol=1e-12)
 cells = pytest.mark.parametrize("cell", [*CELLS, Peephole(3)], ids=repr)
 kernels = pytest.mark.parametrize("kernel", [fused, scan])
+
+
+@pytest.mark.parametrize("time", [1, 37])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", [jlstm.GRU(2), jlstm.LSTM(2)], ids=repr)
+def test_values_alone_equal_those_of_scan(cell, reverse, time):
+    options = {"time": time, "reverse": reverse, "return_carries": True, "grad": False}
+    close(results(fused, cell, **options), results(scan, cell, **options))
+
+
+def test_cells_that_cut_what_they_read_are_told_apart():
+    def cuts(update):
+        return fused._cuts(lambda zx, zh: update(zx, zh), (jnp.ones((2, 4)),) * 2)
+
+    assert cuts(lambda zx, zh: zx[:, :2] + zh[:, :2])
+    assert cuts(lambda zx, zh: jnp.split(zx, 2, axis=1)[0] * zh[:, 2:])
+    assert not cuts(lambda zx, zh: jnp.split(zx + zh, 2, axis=1)[0])
+    assert not cuts(lambda zx, zh: zx + jnp.pad(zh[:, :2], ((0, 0), (2, 0))))
 
 
 @cells

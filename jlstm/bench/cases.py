@@ -116,7 +116,7 @@ class Suite:
 
     def takes(self, worker: str, size: Size) -> bool:
         """Tells whether a worker takes part at a size."""
-        if worker == "two" and size.B % 2:
+        if worker == "two" and size.B > 1 and size.B % 2:
             return False
         return worker in (*self.variants, *self.peers)
 
@@ -235,9 +235,9 @@ class MGU:
 
     def update(self, params: Any, carry: Any, zx: Any, zh: Any) -> tuple[Any, Any]:
         """Applies the gate and the candidate."""
-        H = self.hidden_size
-        (f,) = jlstm.gates(zx[..., :H] + zh[..., :H], "s")
-        n = jlstm.tanh(zx[..., H:] + f * zh[..., H:])
+        (xf, xn), (hf, hn) = jnp.split(zx, 2, axis=-1), jnp.split(zh, 2, axis=-1)
+        (f,) = jlstm.gates(xf + hf, "s")
+        n = jlstm.tanh(xn + f * hn)
         h = carry + f * (n - carry)
         return h, h
 

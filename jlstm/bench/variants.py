@@ -93,7 +93,7 @@ def _layer(variant: Variant, cell: Any, suite: Suite, size: Size) -> Program:
         params,
         inputs,
         train=suite.train,
-        devices=variant.devices,
+        devices=min(variant.devices, size.B),  # as train.data_parallel does
     )
 
 

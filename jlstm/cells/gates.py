@@ -34,7 +34,9 @@ def gates(z: Array, kinds: str) -> tuple[Array, ...]:
     :math:`\sigma(x) = \tfrac12 + \tfrac12 \tanh(x/2)`: XLA vectorises it where it does
     not vectorise a sigmoid of a slice. The derivative is written in terms of the
     results, :math:`\sigma' = \sigma - \sigma^2` and :math:`\tanh' = 1 - \tanh^2`, so
-    that a backward pass stores them and nothing else.
+    that a backward pass stores them and nothing else. Where an ``update`` needs parts
+    of ``zx`` or ``zh``, take them by ``jnp.split``: the transpose of a slice pads with
+    zeros, which XLA does not vectorise either.
 
     Args:
       z: pre-activations ``[..., len(kinds) * H]``.

@@ -51,8 +51,11 @@ def gru_update(
     """Applies the gates to ``zx [..., 3H]`` and ``zh [..., 3H]``."""
     del params
     size = carry.h.shape[-1]
-    r, z = gates(zx[..., : 2 * size] + zh[..., : 2 * size], "ss")
-    n = tanh(zx[..., 2 * size :] + r * zh[..., 2 * size :])
+    # By split: the transpose of a slice pads with zeros, which XLA does not vectorise.
+    x_gates, x_n = jnp.split(zx, [2 * size], axis=-1)
+    h_gates, h_n = jnp.split(zh, [2 * size], axis=-1)
+    r, z = gates(x_gates + h_gates, "ss")
+    n = tanh(x_n + r * h_n)
     h = n - z * n + z * carry.h
     return GRUCarry(h), h
 
@@ -100,9 +103,10 @@ def gru_reset_before_update(
 ) -> tuple[GRUCarry, Array]:
     """Applies the gates to ``zx [..., 3H]`` and ``zh [..., 2H]``."""
     size = carry.h.shape[-1]
-    r, z = gates(zx[..., : 2 * size] + zh, "ss")
+    x_gates, x_n = jnp.split(zx, [2 * size], axis=-1)
+    r, z = gates(x_gates + zh, "ss")
     b = None if params.b_hh is None else params.b_hh[2 * size :]
-    n = zx[..., 2 * size :] + affine(r * carry.h, params.w_hh[:, 2 * size :], b)
+    n = x_n + affine(r * carry.h, params.w_hh[:, 2 * size :], b)
     n = tanh(n)
     h = n - z * n + z * carry.h
     return GRUCarry(h), h
