@@ -22,6 +22,7 @@ from jlstm.bench.cases import PEERS, Size
 
 PATIENCE = 900.0  # seconds in which a worker must answer
 MALLOC = {
+    "MALLOC_ARENA_MAX": "1",  # XLA's threads keep blocks only in the main arena
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
 }
