@@ -440,13 +440,16 @@ class Explanation:
     Attributes:
       implementation: the name of the one that runs.
       others: the names of the others, and whether they can run the cell.
+      note: what else there is to know about the one that runs, or ``""``.
     """
 
     implementation: str
     others: tuple[tuple[str, str], ...]
+    note: str = ""
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.implementation} runs", *map(" ".join, self.others)])
+        first = f"{self.implementation} runs" + (self.note and f", {self.note}")
+        return "\n".join([first, *map(" ".join, self.others)])
 
 
 def explain(
@@ -492,7 +495,8 @@ def explain(
             first = f"{chosen} {'was named' if implementation else 'comes first'}"
             why = f"can: {first}" if reason is None else f"cannot: {reason}"
             others.append((name, why))
-    return Explanation(chosen, tuple(others))
+    note = getattr(IMPLEMENTATIONS[chosen], "note", None)
+    return Explanation(chosen, tuple(others), note(request) if note else "")
 
 
 def _request(

@@ -103,7 +103,9 @@ def test_values_alone_equal_those_of_scan(cell, reverse, time):
 
 def test_cells_that_cut_what_they_read_are_told_apart():
     def cuts(update):
-        return fused._cuts(lambda zx, zh: update(zx, zh), (jnp.ones((2, 4)),) * 2)
+        return fused._begins_by_cutting(
+            lambda zx, zh: update(zx, zh), (jnp.ones((2, 4)),) * 2
+        )
 
     assert cuts(lambda zx, zh: zx[:, :2] + zh[:, :2])
     assert cuts(lambda zx, zh: jnp.split(zx, 2, axis=1)[0] * zh[:, 2:])

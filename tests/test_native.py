@@ -16,10 +16,10 @@ from cases import TOLERANCE
 
 import jlstm
 from jlstm import door
-from jlstm.kernels import Request, fused, native, scan
+from jlstm.kernels import Request, fused, library, native, scan
 
 KEY = jax.random.key(0)
-MISSING = native._library()
+MISSING = library.why_not()
 GRADIENT_TOLERANCE = 1e-4
 
 pytestmark = pytest.mark.skipif(
@@ -157,11 +157,14 @@ def test_single_step_equals_the_reference(case):
 
 # A process of its own: the loops are chosen once.
 LOOPS = """
+import test_product
 import test_native
 for case in test_native.STEPS:
     test_native.check_step(*case)
 for case in test_native.CASES[2:5] + test_native.CASES[9:12]:
     test_native.check_equal(*case)
+for shape in test_product.SHAPES:
+    test_product.check_product(*shape)
 """
 
 
@@ -255,15 +258,15 @@ def test_native_comes_first_where_it_can():
 def test_library_that_is_missing_or_broken_does_no_harm(
     content, reason, tmp_path, monkeypatch
 ):
-    library = tmp_path / "library.so"
+    path = tmp_path / "library.so"
     if content is not None:
-        library.write_text(content)
-    monkeypatch.setattr(native, "LIBRARY", library)
-    native._library.cache_clear()
+        path.write_text(content)
+    monkeypatch.setattr(library, "LIBRARY", path)
+    library.why_not.cache_clear()
     try:
         assert reason in str(native.why_not(jlstm.LSTM(3), Request()))
     finally:
-        native._library.cache_clear()
+        library.why_not.cache_clear()
 
 
 def test_empty_sequences_and_batches_are_fine():

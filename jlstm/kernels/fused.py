@@ -12,10 +12,13 @@ forward loop stores what the VJP of ``update`` holds; or, to save memory, only t
 before each block, and the reverse loop runs the block once more. For a policy of a
 ``jax.checkpoint`` around the call, :math:`z^x` and these carries have the names
 ``jlstm_zx`` and ``jlstm_carry``.
+
+Products of ``mix`` with weights are :mod:`jlstm.kernels.product`'s where it can.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +28,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from jlstm.kernels import scan
+from jlstm.kernels import product, scan
 from jlstm.kernels.blocks import Segment, near_divisor, segments, time_major
 from jlstm.kernels.request import Request, may_be_sharded
 from jlstm.types import (
@@ -53,6 +56,12 @@ def why_not(cell: Cell, request: Request) -> str | None:
     if gated(cell):
         return None
     return f"{cell!r} has no gated form ({', '.join(PARTS)})"
+
+
+def note(request: Request) -> str:
+    """Says where the recurrent products run."""
+    reason = product.why_not(request)
+    return "its products in C++" if reason is None else f"its products in XLA: {reason}"
 
 
 class Steps(NamedTuple):
@@ -170,7 +179,7 @@ class Layout(NamedTuple):
         )
 
 
-def _cuts(fun: Callable, args: tuple) -> bool:
+def _begins_by_cutting(fun: Callable, args: tuple) -> bool:
     """Whether ``fun`` begins by taking parts of its first argument."""
     jaxpr = jax.make_jaxpr(fun)(*args).jaxpr
     given = set(map(id, jaxpr.invars[: len(jax.tree.leaves(args[0]))]))
@@ -244,7 +253,7 @@ def _layout(cell: Any, loop: Loop) -> Layout:
         vectors=tuple(i for i in read if small[i]),
         matrices=tuple(i for i in read if not small[i]),
         mix_reads_zx=any(_varying(mix, step.zx, (params, step.carry))),
-        update_cuts_zx=_cuts(
+        update_cuts_zx=_begins_by_cutting(
             lambda zx, params, step: cell.update(params, step.carry, zx, step.zh),
             (step.zx, params, step),
         ),
@@ -297,50 +306,74 @@ def _segments(static: Static, loop: Loop) -> list[Segment]:
     return segments(time, size)
 
 
+class Place(NamedTuple):
+    """Where a block is."""
+
+    start: Array  # its first step
+    number: Array  # of blocks before it
+
+
 def _over_blocks(
     block: Callable,
-    carry: PyTree,
+    state: PyTree,
     cuts: list[Segment],
     read: PyTree,
     written: PyTree,
-    stacks: list[PyTree],
     *,
     reverse: bool,
-) -> tuple[PyTree, PyTree, list[PyTree]]:
-    """Runs ``block(carry, part of read, stacked) -> (carry, part of written, out)``.
+) -> tuple[PyTree, PyTree]:
+    """Runs ``block(state, part of read, place) -> (state, part of written)``.
 
     Blocks are cut out of batch-major arrays and written back into such, so that no
     array of the length of the sequence is ever transposed.
     """
-    order = -1 if reverse else 1
-    outs = []
-    for cut, stack in list(zip(cuts, stacks, strict=True))[::order]:
+    numbers = [0, *itertools.accumulate(cut.blocks for cut in cuts)]
+    for cut, number in list(zip(cuts, numbers, strict=False))[:: -1 if reverse else 1]:
 
-        def body(state: tuple, inputs: tuple, steps: int = cut.steps) -> tuple:
-            carry, written = state
-            start, stacked = inputs
+        def body(both: tuple, place: Place, steps: int = cut.steps) -> tuple:
+            state, written = both
+            part = time_major(_cut(read, place.start, steps, axis=1))
+            state, done = block(state, part, place)
+            return (state, _paste(written, time_major(done), place.start, 1)), None
 
-            def take(leaf: Array) -> Array:
-                return jax.lax.dynamic_slice_in_dim(leaf, start, steps, axis=1)
-
-            def put(leaf: Array, part: Array) -> Array:
-                return jax.lax.dynamic_update_slice_in_dim(leaf, part, start, axis=1)
-
-            part = time_major(jax.tree.map(take, read))
-            carry, done, out = block(carry, part, stacked)
-            written = jax.tree.map(put, written, time_major(done))
-            return (carry, written), out
-
-        starts = cut.start + cut.steps * jnp.arange(cut.blocks, dtype=jnp.int32)
-        state, inputs = (carry, written), (starts, stack)
+        blocks = jnp.arange(cut.blocks, dtype=jnp.int32)
+        places = Place(cut.start + cut.steps * blocks, number + blocks)
+        both = (state, written)
         if cut.blocks == 1:  # a loop would only cost time to compile
-            state, out = body(state, jax.tree.map(lambda leaf: leaf[0], inputs))
-            out = jax.tree.map(lambda leaf: leaf[None], out)
+            both, _ = body(both, jax.tree.map(lambda leaf: leaf[0], places))
         else:
-            state, out = jax.lax.scan(body, state, inputs, reverse=reverse)
-        carry, written = state
-        outs.append(out)
-    return carry, written, outs[::order]
+            both, _ = jax.lax.scan(body, both, places, reverse=reverse)
+        state, written = both
+    return state, written
+
+
+# What would be computed for negative indices keeps XLA from vectorising on a CPU.
+_INDEX: dict[str, Any] = {"allow_negative_indices": False}
+
+
+def _cut(tree: PyTree, start: Any, size: int, *, axis: int = 0) -> PyTree:
+    def cut(leaf: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis, **_INDEX)
+
+    return jax.tree.map(cut, tree)
+
+
+def _paste(tree: PyTree, part: PyTree, start: Any, axis: int = 0) -> PyTree:
+    def paste(leaf: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(leaf, part, start, axis, **_INDEX)
+
+    return jax.tree.map(paste, tree, part)
+
+
+def _at(tree: PyTree, step: Any) -> PyTree:
+    def at(leaf: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(leaf, step, keepdims=False, **_INDEX)
+
+    return jax.tree.map(at, tree)
+
+
+def _put_at(tree: PyTree, part: PyTree, step: Any) -> PyTree:
+    return _paste(tree, jax.tree.map(lambda leaf: leaf[None], part), step)
 
 
 def _over_steps(fun: Callable, params: PyTree, steps: PyTree) -> PyTree:
@@ -373,33 +406,57 @@ def _run(static: Static, smooth: Loop, rest: Loop) -> tuple:
     return _forward(static, join(smooth, rest), keep=False)[0]
 
 
+def _mix(cell: Any, loop: Loop) -> Callable:
+    """Binds ``mix`` to the params, once before all steps."""
+    first = jax.eval_shape(partial(_first_step, cell), loop)
+    return product.with_weights(cell.mix, loop.params, first.carry, first.zx)
+
+
 def _block(
-    static: Static, loop: Loop, carry: PyTree, steps: Steps, *, keep: bool
+    static: Static,
+    mix: Callable,
+    loop: Loop,
+    carry: PyTree,
+    steps: Steps,
+    stored: list[Array] | None,
+    start: Any = 0,
 ) -> tuple:
-    """Runs the steps of a block: ``(carry, (ys, carries), what is stored of each)``."""
+    """Runs the steps of a block: ``(carry, (ys, carries), stored)``.
+
+    What is stored of each step goes into the arrays ``stored``, from ``start`` on.
+    """
     cell, params = static.cell, loop.params
 
-    def body(carry: PyTree, inputs: tuple) -> tuple:
+    def body(state: tuple, inputs: tuple) -> tuple:
+        carry, stored, place = state
         zx, valid, reset = inputs
         if reset is not None:
             carry = where_rows(reset, loop.fresh, carry)
-        step = Step(carry, zx, cell.mix(params, carry, zx))
-        if keep:
-            (new, y), kept = _update(cell, static.layout, params, step)
-            stored = static.layout.store(kept)
+        step = Step(carry, zx, mix(carry, zx))
+        if stored is None:
+            new, y = cell.update(params, *step)
         else:
-            (new, y), stored = cell.update(params, *step), None
+            (new, y), kept = _update(cell, static.layout, params, step)
+            stored = _put_at(stored, static.layout.store(kept), place)
         if valid is not None:
             new, y = where_rows(valid, new, carry), zero_rows(valid, y)
-        return new, ((y, new if static.return_carries else None), stored)
+        place = place + (-1 if static.reverse else 1)
+        return (new, stored, place), (y, new if static.return_carries else None)
 
     carry = checkpoint_name(carry, "jlstm_carry")
     zx = checkpoint_name(_over_steps(cell.project, params, steps.xs), "jlstm_zx")
-    inputs = (zx, steps.mask, steps.resets)
-    ahead = static.layout.update_cuts_zx and not keep and jax.default_backend() == "cpu"
+    if static.reverse:
+        start = start + jax.tree.leaves(zx)[0].shape[0] - 1
+    cuts = static.layout.update_cuts_zx and stored is None
+    ahead = cuts and jax.default_backend() == "cpu"
     scan_steps = _scan_ahead if ahead else jax.lax.scan
-    carry, outs = scan_steps(body, carry, inputs, reverse=static.reverse)
-    return carry, *outs
+    (carry, stored, _), outs = scan_steps(
+        body,
+        (carry, stored, jnp.asarray(start, jnp.int32)),
+        (zx, steps.mask, steps.resets),
+        reverse=static.reverse,
+    )
+    return carry, outs, stored
 
 
 def _scan_ahead(
@@ -414,58 +471,68 @@ def _scan_ahead(
     steps = jnp.arange(count, dtype=jnp.int32)
     following = jnp.clip(steps + (-1 if reverse else 1), 0, count - 1)
 
-    def read(step: Any) -> PyTree:
-        return jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, step, keepdims=False), xs
-        )
-
     def run(state: tuple, following: Array) -> tuple[tuple, PyTree]:
         carry, out = body(*state)
-        return (carry, read(following)), out
+        return (carry, _at(xs, following)), out
 
-    first = read(count - 1 if reverse else 0)
+    first = _at(xs, count - 1 if reverse else 0)
     (carry, _), outs = jax.lax.scan(run, (carry, first), following, reverse=reverse)
     return carry, outs
 
 
 def _forward(static: Static, loop: Loop, *, keep: bool) -> tuple:
-    def block(carry: PyTree, steps: Steps, _: None) -> tuple:
-        whole = static.checkpoint_every is None
-        new, out, stored = _block(static, loop, carry, steps, keep=keep and whole)
-        return new, out, stored if whole or not keep else carry
+    mix = _mix(static.cell, loop)
+    whole = static.checkpoint_every is None
 
-    cuts = _segments(static, loop)
-    new, y = _abstract_step(static.cell, loop)
-    outs = _buffers((y, new if static.return_carries else None), _shape(loop)[0])
-    carry, (ys, carries), stored = _over_blocks(
+    def block(state: tuple, steps: Steps, place: Place) -> tuple:
+        before, stored = state
+        to = stored if whole else None
+        carry, out, to = _block(static, mix, loop, before, steps, to, place.start)
+        if keep:
+            stored = to if whole else _put_at(stored, before, place.number)
+        return (carry, stored), out
+
+    cuts, time = _segments(static, loop), _shape(loop)[0]
+    (new, y), kept = _abstract_step(static, loop)
+    stored = None
+    if keep and whole:
+        stored = _buffers(kept, time, 0)
+    elif keep:
+        stored = _buffers(new, sum(cut.blocks for cut in cuts), 0)
+    (carry, stored), (ys, carries) = _over_blocks(
         block,
-        loop.carry,
+        (loop.carry, stored),
         cuts,
         loop.steps,
-        outs,
-        [None] * len(cuts),
+        _buffers((y, new if static.return_carries else None), time, 1),
         reverse=static.reverse,
     )
     return (ys, carry, carries), stored
 
 
-def _abstract_step(cell: Any, loop: Loop) -> tuple:
+def _abstract_step(static: Static, loop: Loop) -> tuple:
+    """What a step returns, and what is stored of it."""
+
     def step(loop: Loop) -> tuple:
-        return cell.update(loop.params, *_first_step(cell, loop))
+        first = _first_step(static.cell, loop)
+        out, kept = _update(static.cell, static.layout, loop.params, first)
+        return out, static.layout.store(kept)
 
     return jax.eval_shape(step, loop)
 
 
-def _buffers(like: PyTree, time: int) -> PyTree:
-    """Makes zeros ``[B, T, ...]`` for outputs like ``[B, ...]``, sharded alike."""
+def _buffers(like: PyTree, time: int, axis: int) -> PyTree:
+    """Makes zeros like ``[B, ...]`` with an axis of time, sharded alike."""
 
     def buffer(leaf: Any) -> Array:
-        zeros = jnp.zeros((leaf.shape[0], time, *leaf.shape[1:]), leaf.dtype)
-        sharding = leaf.sharding
+        def longer(sizes: Any, size: int | None) -> tuple:
+            return (*sizes[:axis], size, *sizes[axis:])
+
+        array, sharding = jnp.zeros(longer(leaf.shape, time), leaf.dtype), leaf.sharding
         if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
-            return zeros
-        first, *others = sharding.spec
-        return jax.sharding.reshard(zeros, PartitionSpec(first, None, *others))
+            return array
+        spec = PartitionSpec(*longer(sharding.spec, None))
+        return jax.sharding.reshard(array, spec)
 
     return jax.tree.map(buffer, like)
 
@@ -476,6 +543,18 @@ def _run_fwd(static: Static, smooth: Loop, rest: Loop) -> tuple:
     return out, (loop, stored)
 
 
+def _pull_mix(
+    cell: Any, params: PyTree, carry: PyTree, zx: PyTree, dzh: PyTree
+) -> tuple:
+    """The VJP of ``mix`` for the carry and zx, and the cotangent as it is."""
+    smooth, rest = _split((carry, zx))
+
+    def mix(smooth: tuple) -> PyTree:
+        return smooth_leaves(cell.mix(params, *join(smooth, rest)))
+
+    return jax.vjp(mix, smooth)[1](dzh)[0], dzh
+
+
 def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
     cell, layout = static.cell, static.layout
     loop, stored = saved
@@ -484,6 +563,14 @@ def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
     # Of this only the structure counts, and what is made of params alone.
     first = _first_step(cell, loop)
     like = _update(cell, layout, loop.params, first)[1]
+    mix: Any = None if static.checkpoint_every is None else _mix(cell, loop)
+    pull_mix = product.with_weights(
+        partial(_pull_mix, cell),
+        loop.params,
+        first.carry,
+        first.zx,
+        smooth_leaves(first.zh),
+    )
     one_buffer: list[Any] = []  # the structure of dzx, where it is dzh
 
     def body(cotangent: tuple, inputs: tuple) -> tuple:
@@ -493,7 +580,9 @@ def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
         dnew = dcarry if dafter is None else _add(dcarry, dafter)
         dout = zero_rows(valid, dnew), zero_rows(valid, dy)
         added, (dbefore, dzx, dzh) = kept.pull(dout)
-        through_mix, through_zx = _pull_mix(kept.step.carry, kept.step.zx, dzh)
+        zx = first.zx if kept.step.zx is None else kept.step.zx
+        shared = _same(dzx, dzh)
+        (through_mix, through_zx), dzh = pull_mix(kept.step.carry, zx, dzh)
         dbefore = _add(dbefore, through_mix)
         if layout.mix_reads_zx:
             dzx = _add(dzx, through_zx)
@@ -502,34 +591,32 @@ def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
         if reset is not None:
             dfresh = _add(dfresh, zero_rows(reset, dbefore))
             dbefore = zero_rows(~reset, dbefore)
-        one_buffer[:] = [jax.tree.structure(dzx)] if _same(dzx, dzh) else []
+        shared = shared and not layout.mix_reads_zx
+        one_buffer[:] = [jax.tree.structure(dzx)] if shared else []
         dzx = None if one_buffer else dzx
         cotangent = (dbefore, dfresh, _add(dvectors, added))
         return cotangent, (dzx, dzh, dout if layout.matrices else None)
 
-    def _pull_mix(carry: PyTree, zx: PyTree, dzh: PyTree) -> tuple:
-        smooth, rest = _split((carry, first.zx if zx is None else zx))
-
-        def mix(smooth: tuple) -> PyTree:
-            return smooth_leaves(cell.mix(loop.params, *join(smooth, rest)))
-
-        return jax.vjp(mix, smooth)[1](dzh)[0]
-
-    def block(cotangent: tuple, part: tuple, stored: Any) -> tuple:
+    def block(cotangent: tuple, part: tuple, place: Place) -> tuple:
         inner, dparams = cotangent
         steps, dys, dcarries = part
-        if static.checkpoint_every is not None:
-            stored = _block(static, loop, stored, steps, keep=True)[2]
+        size = jax.tree.leaves(steps.xs)[0].shape[0]
+        if static.checkpoint_every is None:
+            kept = _cut(stored, place.start, size)
+        else:
+            carry = _at(stored, place.number)
+            to = _buffers(_abstract_step(static, loop)[1], size, 0)
+            kept = _block(static, mix, loop, carry, steps, to)[2]
         inner, (dzx, dzh, douts) = jax.lax.scan(
             body,
             inner,
-            (stored, steps.mask, steps.resets, dys, dcarries),
+            (kept, steps.mask, steps.resets, dys, dcarries),
             reverse=not static.reverse,
         )
         if one_buffer:
             dzx = one_buffer[0].unflatten(jax.tree.leaves(dzh))
-        added, dxs = _pull_parts(steps.xs, stored, (dzx, dzh, douts))
-        return (inner, _add(dparams, added)), dxs, None
+        added, dxs = _pull_parts(steps.xs, kept, (dzx, dzh, douts))
+        return (inner, _add(dparams, added)), dxs
 
     def _pull_parts(xs: PyTree, stored: list[Array], douts: tuple) -> tuple:
         """The gradients of the params and of xs, for the steps of a block at once."""
@@ -568,13 +655,12 @@ def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
         [_wide_zeros(leaf) for leaf in _take(loop.params, layout.vectors)],
     )
     cotangent = ((dcarry, *zeros), jax.tree.map(_wide_zeros, params))
-    cotangent, dxs, _ = _over_blocks(
+    cotangent, dxs = _over_blocks(
         block,
         cotangent,
         _segments(static, loop),
         (loop.steps, dys, dcarries),
         jax.tree.map(jnp.zeros_like, smooth_leaves(loop.steps.xs)),
-        stored,
         reverse=not static.reverse,
     )
     (dcarry, dfresh, dvectors), dparams = cotangent

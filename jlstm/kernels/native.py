@@ -12,11 +12,8 @@ that gradient is the fused loop's.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +22,10 @@ import numpy as np
 
 from jlstm.cells.gru import GRU, GRUCarry, GRUParams
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams
-from jlstm.kernels import fused
+from jlstm.kernels import fused, library
 from jlstm.kernels.request import Request
 from jlstm.types import Array, Cell, PyTree
 
-LIBRARY = Path(__file__).parent / f"_native.{sys.implementation.cache_tag}.so"
 # Of fewer rows XLA computes the product with the inputs, which needs no order of steps.
 FEW_ROWS = 8
 
@@ -40,25 +36,7 @@ def why_not(cell: Cell, request: Request) -> str | None:
         return f"has loops for LSTM and GRU, got {cell!r}"
     if isinstance(cell, GRU) and not cell.reset_after:
         return "has no loop for a GRU with reset_after=False"
-    return request.exceeds("cpu") or _library()
-
-
-@functools.cache
-def _library() -> str | None:
-    """Loads the library; returns the reason if there is none."""
-    if not LIBRARY.exists():
-        return "was not built when jlstm was installed; that takes a C++17 compiler"
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-        for name in ("jlstm_forward", "jlstm_backward"):
-            handler = jax.ffi.pycapsule(getattr(library, name))
-            jax.ffi.register_ffi_target(name, handler, platform="cpu")
-    except Exception as problem:
-        return (
-            f"was built for another jaxlib ({problem}); install jlstm again beside "
-            "this one, with pip install --no-build-isolation"
-        )
-    return None
+    return request.exceeds("cpu") or library.why_not()
 
 
 class Args(NamedTuple):

@@ -1,6 +1,7 @@
 // The door from XLA: takes buffers, shares rows among the threads of XLA's own pool.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <memory>
@@ -8,6 +9,7 @@
 #include <new>
 #include <numeric>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "recurrence.h"
@@ -274,8 +276,143 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer w_hh, Buffer xs, Buffer ys, Buf
   return ffi::Error::Success();
 }
 
+ffi::Error pack_product(ffi::ThreadPool pool, Buffer weights, Result packed,
+                        bool transposed) {
+  const Matrix m{data(weights), weights.dimensions()[0], weights.dimensions()[1],
+                 transposed};
+  share(pool, loops().product_panels(m.columns()), [&](int64_t panel) {
+    loops().pack_product(m, panel, data(*packed));
+  });
+  return ffi::Error::Success();
+}
+
+// Threads for the products of a loop, which come every few microseconds: between two a
+// helper looks out for the next instead of going to sleep, for to wake it would take
+// longer than the product. The caller takes tiles from the front and helpers from the
+// back, so that a core finds most of its weights in its own cache; and a helper that
+// comes late keeps nobody waiting.
+class Team {
+ public:
+  template <typename F>
+  void run(ffi::ThreadPool& pool, int64_t hands, int64_t count, const F& f) {
+    std::unique_lock<std::mutex> lock(busy_, std::defer_lock);
+    if (hands == 1 || count < 2 || count > kMost || !lock.try_lock()) {
+      for (int64_t i = 0; i < count; ++i) f(i);
+      return;
+    }
+    call_.store([](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); },
+                std::memory_order_relaxed);
+    context_.store(&f, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    tiles_.store(++round_ << 32 | static_cast<uint64_t>(count));
+    for (; helpers_.load() < hands - 1; ++helpers_) {
+      pool.Schedule([this] { help(); });
+    }
+    while (take_tile(true)) continue;
+    while (done_.load(std::memory_order_acquire) < count) pause();
+  }
+
+ private:
+  static constexpr int64_t kMost = (1 << 16) - 1;
+  static constexpr std::chrono::microseconds kPatience{50};
+
+  static void pause() {
+#ifdef JLSTM_X86
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+  }
+
+  // Runs a tile; returns whether there was one. A word has the number of the round, the
+  // first tile that is left and the end of those that are left, so that what is taken
+  // belongs to the round whose function was read.
+  bool take_tile(bool front) {
+    uint64_t word = tiles_.load(std::memory_order_acquire);
+    for (;;) {
+      const uint64_t first = word >> 16 & kMost, end = word & kMost;
+      if (first == end) return false;
+      const auto call = call_.load(std::memory_order_relaxed);
+      const void* context = context_.load(std::memory_order_relaxed);
+      const uint64_t rest = front ? word + (1 << 16) : word - 1;
+      if (tiles_.compare_exchange_weak(word, rest, std::memory_order_acq_rel)) {
+        call(context, front ? first : end - 1);
+        done_.fetch_add(1, std::memory_order_release);
+        return true;
+      }
+    }
+  }
+
+  void help() {
+    using Clock = std::chrono::steady_clock;
+    for (auto until = Clock::now() + kPatience; Clock::now() < until;) {
+      bool worked = false;
+      for (int i = 0; i < 16; ++i) {
+        if (take_tile(false)) {
+          worked = true;
+        } else {
+          pause();
+        }
+      }
+      if (worked) until = Clock::now() + kPatience;
+    }
+    --helpers_;
+  }
+
+  std::mutex busy_;
+  uint64_t round_ = 0;
+  std::atomic<uint64_t> tiles_{0};
+  std::atomic<void (*)(const void*, int64_t)> call_{nullptr};
+  std::atomic<const void*> context_{nullptr};
+  std::atomic<int64_t> done_{0}, helpers_{0};
+};
+
+Team& team() {
+  static Team& team = *new Team;  // its helpers may outlive static objects
+  return team;
+}
+
+// Of fewer operations one core is done before another has begun.
+constexpr int64_t kFewOperations = 1 << 18;
+
+ffi::Error product(ffi::ThreadPool pool, Buffer rows, Buffer weights, Buffer packed,
+                   Result out, Result, bool transposed, int64_t devices) {
+  const Matrix m{data(weights), weights.dimensions()[0], weights.dimensions()[1],
+                 transposed};
+  const int64_t B = rows.dimensions()[0], panels = loops().product_panels(m.columns());
+  const bool few = B * m.height * m.width < kFewOperations;
+  const int64_t hands = few ? 1 : std::max<int64_t>(1, pool.num_threads() / devices);
+  // Where panels are few, rows are shared too.
+  const int64_t parts = panels < 4 * hands ? std::min(hands, B) : 1;
+  team().run(pool, hands, panels * parts, [&](int64_t tile) {
+    const int64_t panel = tile / parts, part = tile % parts;
+    const int64_t first = part * B / parts, end = (part + 1) * B / parts;
+    loops().product(m, data(packed), panel, data(rows) + first * m.inner(), end - first,
+                    data(*out) + first * m.columns());
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jlstm
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_pack, jlstm::pack_product,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jlstm::Buffer>()  // weights
+                                  .Ret<jlstm::Buffer>()  // packed
+                                  .Attr<bool>("transposed"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_product, jlstm::product,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jlstm::Buffer>()  // rows
+                                  .Arg<jlstm::Buffer>()  // weights
+                                  .Arg<jlstm::Buffer>()  // packed
+                                  .Ret<jlstm::Buffer>()  // out
+                                  .Ret<jlstm::Buffer>()  // rows, as they are
+                                  .Attr<bool>("transposed")
+                                  .Attr<int64_t>("devices"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_forward, jlstm::forward,
                               xla::ffi::Ffi::Bind()

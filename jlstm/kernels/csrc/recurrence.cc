@@ -662,6 +662,65 @@ void backward(const Shape& s, const Flags& flags, const Backward& io, const Sums
   Backwards<C>(s, flags, io, to, each, packed, rows, count).run();
 }
 
+// A product of rows and weights: panels [inner, vectors, W] of up to four vectors.
+
+void pack_product(const Matrix& m, int64_t panel, float* packed) {
+  const Span part = span(m.columns(), panel);
+  const int64_t width = part.count * W, first = part.first * W;
+  const int64_t inner = m.inner(), n = least(width, m.columns() - first);
+  float* out = packed + first * inner;
+  if (n < width) clear(out, inner * width);
+  if (!m.transposed) {
+    for (int64_t k = 0; k < inner; ++k) {
+      copy(m.data + k * m.width + first, n, out + k * width);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    const float* row = m.data + (first + j) * m.width;
+    for (int64_t k = 0; k < inner; ++k) out[k * width + j] = row[k];
+  }
+}
+
+template <int N>
+void product_of(const Matrix& m, const float* packed, Span part, const float* rows,
+                int64_t count, float* out) {
+  const int64_t inner = m.inner(), columns = m.columns(), first = part.first * W;
+  const int64_t last = least(W, columns - first - (N - 1) * W);
+  in_groups<most_rows(N)>(count, [&](int64_t start, auto size) {
+    constexpr int R = decltype(size)::value;
+    Vec acc[R][N];
+    const float* a[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      a[r] = rows + (start + r) * inner;
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[r][n] = Vec{};
+    }
+    multiply<R, N, N - 1>(a, packed + first * inner, inner, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float* to = out + (start + r) * columns + first;
+#pragma GCC unroll 8
+      for (int n = 0; n < N - 1; ++n) store(to + n * W, acc[r][n]);
+      store(to + (N - 1) * W, acc[r][N - 1], last);
+    }
+  });
+}
+
+int64_t product_panels(int64_t columns) { return spans(columns); }
+
+void product(const Matrix& m, const float* packed, int64_t panel, const float* rows,
+             int64_t count, float* out) {
+  const Span part = span(m.columns(), panel);
+  switch (part.count) {
+    case 1: return product_of<1>(m, packed, part, rows, count, out);
+    case 2: return product_of<2>(m, packed, part, rows, count, out);
+    case 3: return product_of<3>(m, packed, part, rows, count, out);
+    default: return product_of<4>(m, packed, part, rows, count, out);
+  }
+}
+
 void run_step(Cell cell, const Shape& s, const Flags& flags, const Forward& io,
               const float* w_ih, const float* w_hh, int64_t panel) {
   const bool lstm = cell == Cell::kLstm;
@@ -713,6 +772,7 @@ void run_backward(Cell cell, const Shape& s, const Flags& flags, const Backward&
 
 extern const Loops JLSTM_LOOPS;
 const Loops JLSTM_LOOPS = {panels,       packed_size, pack,       run_forward,
-                           run_backward, step_panels, run_step};
+                           run_backward, step_panels, run_step,
+                           product_panels, pack_product, product};
 
 }  // namespace jlstm

@@ -58,6 +58,16 @@ struct Sums {
   float* dbias;          // [4 H]; of a GRU the last H are those of bias_n
 };
 
+// Weights of a product of their own.
+struct Matrix {
+  const float* data;       // [height, width]
+  int64_t height, width;
+  bool transposed;         // rows have width elements, results height
+
+  int64_t inner() const { return transposed ? width : height; }
+  int64_t columns() const { return transposed ? height : width; }
+};
+
 // Runs work(data, 0) .. work(data, count - 1), on several threads if some are free.
 struct Each {
   void* pool;
@@ -82,6 +92,13 @@ struct Loops {
   int64_t (*step_panels)(const Shape&);
   void (*step)(Cell, const Shape&, const Flags&, const Forward&, const float* w_ih,
                const float* w_hh, int64_t panel);
+
+  // The product of rows with weights [height, width], or with their transpose, for a
+  // panel of columns of the result.
+  int64_t (*product_panels)(int64_t columns);
+  void (*pack_product)(const Matrix&, int64_t panel, float* packed);
+  void (*product)(const Matrix&, const float* packed, int64_t panel, const float* rows,
+                  int64_t count, float* out);
 };
 
 }  // namespace jlstm

@@ -1,0 +1,196 @@
+"""Products with weights inside a loop, in C++.
+
+XLA orders the weights of a product anew at every step, and computes a small product on
+one core of a CPU. Here weights are put in order once, before the loop, and each product
+is shared among the cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
+from jlstm.kernels import library
+from jlstm.kernels.request import Request, may_be_sharded
+from jlstm.types import Array, PyTree
+
+
+def why_not(request: Request) -> str | None:
+    """Says why XLA computes products, or ``None`` where they are computed here."""
+    if request.platform not in (None, "cpu"):
+        return f"these are for a CPU, arrays are on a {request.platform}"
+    if request.sharded:
+        return "rows may lie on several devices outside shard_map"
+    if request.dtypes is not None and "float32" not in request.dtypes:
+        return f"these are for float32, got {', '.join(sorted(request.dtypes))}"
+    reason = library.why_not()
+    return reason and f"the library {reason}"
+
+
+def with_weights(fun: Callable, params: PyTree, *args: PyTree) -> Callable:
+    """Returns ``lambda *args: fun(params, *args)``, with its products in C++.
+
+    Those are products of several rows with a leaf of the params, or with its transpose,
+    in float32; others stay as they are.
+
+    Args:
+      fun: a function of params and ``args``.
+      params: the params, to which ``fun`` is bound.
+      *args: arguments like those to come.
+    """
+    here = Request(platform=jax.default_backend(), sharded=may_be_sharded())
+    if why_not(here) is None:
+        closed, shape = jax.make_jaxpr(fun, return_shape=True)(params, *args)
+        leaves, out = jax.tree.leaves(params), jax.tree.structure(shape)
+        weights = dict(zip(closed.jaxpr.invars, leaves, strict=False))
+        if products := _products(closed, weights):
+
+            def run(*args: PyTree) -> PyTree:
+                given = [*leaves, *jax.tree.leaves(args)]
+                return out.unflatten(_evaluate(closed, products, given))
+
+            return run
+    return lambda *args: fun(params, *args)
+
+
+_CONTRACTIONS = {(((1,), (0,)), ((), ())): False, (((1,), (1,)), ((), ())): True}
+
+
+def _products(closed: ClosedJaxpr, weights: dict[Any, Array]) -> dict[int, Any]:
+    """Finds the equations with a product: a :class:`_Product`, or those of a call."""
+    found: dict[int, Any] = {}
+    for place, eqn in enumerate(closed.jaxpr.eqns):
+        if eqn.primitive.name in ("jit", "pjit"):  # such as that of einsum
+            inner = eqn.params["jaxpr"]
+            pairs = zip(inner.jaxpr.invars, eqn.invars, strict=True)
+            known = {
+                a: weights[b]
+                for a, b in pairs
+                if not isinstance(b, Literal) and b in weights
+            }
+            if products := _products(inner, known):
+                found[place] = products
+        elif eqn.primitive.name == "dot_general":
+            rows, weight = eqn.invars
+            transposed = _CONTRACTIONS.get(eqn.params["dimension_numbers"])
+            avals = rows.aval, weight.aval, eqn.outvars[0].aval
+            if (
+                transposed is not None
+                and not isinstance(weight, Literal)
+                and weight in weights
+                and all(aval.ndim == 2 and aval.size for aval in avals)
+                and all(aval.dtype == np.float32 for aval in avals)
+                and rows.aval.shape[0] > 1  # one row reads each weight but once
+            ):
+                found[place] = _Product(weights[weight], transposed)
+    return found
+
+
+def _evaluate(closed: ClosedJaxpr, products: dict[int, Any], args: list) -> list:
+    """Evaluates a jaxpr, some equations of which are products."""
+    jaxpr = closed.jaxpr
+    names = [*jaxpr.constvars, *jaxpr.invars]
+    values = dict(zip(names, [*closed.consts, *args], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for place, eqn in enumerate(jaxpr.eqns):
+        found = products.get(place)
+        if isinstance(found, _Product):
+            rows = eqn.invars[0]
+            out, values[rows] = found(read(rows))
+            made = [out]
+        elif found is not None:
+            made = _evaluate(eqn.params["jaxpr"], found, list(map(read, eqn.invars)))
+        else:
+            names = [atom for atom in eqn.invars if not isinstance(atom, Literal)]
+            alone = jaxpr.replace(
+                constvars=[], invars=names, outvars=eqn.outvars, eqns=[eqn]
+            )
+            made = jaxpr_as_fun(ClosedJaxpr(alone, []))(*map(read, names))
+        values.update(zip(eqn.outvars, made, strict=True))
+    return list(map(read, jaxpr.outvars))
+
+
+class _Product:
+    """Multiplies rows by a weight, which is put in order when this is made."""
+
+    def __init__(self, weight: Array, transposed: bool):
+        self.weight, self.transposed = weight, transposed
+        inner, columns = weight.shape[::-1] if transposed else weight.shape
+        # Whole vectors of any set of instructions; the longest has 16 floats.
+        size = inner * -(-columns // 16) * 16
+        self.packed = jax.ffi.ffi_call(
+            "jlstm_pack",
+            jax.ShapeDtypeStruct((size,), np.float32),
+            vmap_method="sequential",
+        )(jax.lax.stop_gradient(weight), transposed=transposed)
+
+    def __call__(self, rows: Array) -> tuple[Array, Array]:
+        """Returns the product and the rows.
+
+        As a result, the rows are computed once; XLA would fuse what computes them with
+        each use of theirs.
+        """
+        return _multiply(self.transposed, rows, self.weight, self.packed)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _multiply(
+    transposed: bool, rows: Array, weight: Array, packed: Array
+) -> tuple[Array, Array]:
+    return _CALLS[transposed](rows, weight, packed)
+
+
+@_multiply.defjvp
+def _multiply_jvp(transposed: bool, primals: tuple, tangents: tuple) -> tuple:
+    rows, weight, _ = primals
+    drows, dweight, _ = tangents
+    dout = _plain(transposed, drows, weight) + _plain(transposed, rows, dweight)
+    return _multiply(transposed, *primals), (dout, drows)
+
+
+def _plain(transposed: bool, rows: Array, weight: Array) -> Array:
+    return rows @ (weight.mT if transposed else weight)
+
+
+def _call(transposed: bool) -> Callable:
+    @jax.custom_batching.custom_vmap
+    def call(rows: Array, weight: Array, packed: Array) -> tuple[Array, Array]:
+        columns = weight.shape[0 if transposed else 1]
+        out, rows = jax.ffi.ffi_call(
+            "jlstm_product",
+            [
+                jax.ShapeDtypeStruct((rows.shape[0], columns), np.float32),
+                jax.ShapeDtypeStruct(rows.shape, np.float32),
+            ],
+            input_output_aliases={0: 1},
+        )(
+            rows,
+            weight,
+            packed,
+            transposed=transposed,
+            # The devices of a CPU have one pool of threads.
+            devices=np.int64(jax.local_device_count("cpu")),
+        )
+        return out, rows
+
+    @call.def_vmap
+    def batched(
+        size: int, mapped: list[bool], rows: Array, weight: Array, packed: Array
+    ) -> tuple[tuple[Array, Array], tuple[bool, bool]]:
+        if any(mapped[1:]):
+            return (_plain(transposed, rows, weight), rows), (True, mapped[0])
+        flat, _ = call(rows.reshape(-1, rows.shape[-1]), weight, packed)
+        return (flat.reshape(size, -1, flat.shape[-1]), rows), (True, True)
+
+    return call
+
+
+_CALLS = {transposed: _call(transposed) for transposed in (False, True)}
