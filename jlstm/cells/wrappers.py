@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
 from jlstm.types import Array, Cell, Policy, PyTree, cast, config, gated
 
 
@@ -94,6 +97,77 @@ class Precision:
 
     def _out(self, carry: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         return cast(carry, self.policy.carry), cast(y, self.policy.compute)
+
+
+class LookupParams(NamedTuple):
+    """Params of a cell and the table of its inputs."""
+
+    cell: PyTree
+    table: PyTree  # [V, D]; prepared, what the cell makes of its rows
+
+
+@config
+class Lookup:
+    r"""Runs a gated cell on rows of a table, given their ids.
+
+    .. math::
+        z^x_t = \mathrm{project}(\theta, E)_{x_t} \quad \text{instead of} \quad
+        \mathrm{project}(\theta, E_{x_t})
+
+    so that a table of few rows goes through ``project`` once, not once a step.
+    """
+
+    cell: Any
+    x_ndim = 0
+
+    @property
+    def gated(self) -> bool:
+        """Whether the inner cell is gated."""
+        return gated(self.cell)
+
+    def init_carry(self, params: LookupParams, batch_shape: tuple[int, ...]) -> PyTree:
+        """Makes the fresh carry of the inner cell."""
+        return self.cell.init_carry(params.cell, batch_shape)
+
+    def prepare(
+        self, params: LookupParams, xs: Array, *, key: Array | None = None
+    ) -> tuple[LookupParams, Array]:
+        """Projects the table, outside the loop."""
+        inner, table = prepare(self.cell, params.cell, params.table[None], key)
+        return LookupParams(inner, self.cell.project(inner, table[0])), xs
+
+    def project(self, params: LookupParams, x: Array) -> PyTree:
+        """Looks the ids up."""
+        return jax.tree.map(lambda leaf: look_up(leaf, x), params.table)
+
+    def mix(self, params: LookupParams, carry: PyTree, zx: PyTree) -> PyTree:
+        """Mixes as the inner cell does."""
+        return self.cell.mix(params.cell, carry, zx)
+
+    def update(
+        self, params: LookupParams, carry: PyTree, zx: PyTree, zh: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Updates as the inner cell does."""
+        return self.cell.update(params.cell, carry, zx, zh)
+
+    def step(
+        self, params: LookupParams, carry: PyTree, x: Array
+    ) -> tuple[PyTree, PyTree]:
+        """Advances one step."""
+        zx = self.project(params, x)
+        return self.update(params, carry, zx, self.mix(params, carry, zx))
+
+
+def look_up(table: Array, ids: Array) -> Array:
+    """Gathers ``table[ids]``, ids clipped, sharded as the ids are."""
+    sharding = jax.typeof(ids).sharding
+    out_sharding = None
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        out_sharding = PartitionSpec(*sharding.spec, *(None,) * (table.ndim - 1))
+    # Without wrapping, since -1 is not the last token.
+    return table.at[ids].get(
+        mode="clip", out_sharding=out_sharding, wrap_negative_indices=False
+    )
 
 
 def prepare(

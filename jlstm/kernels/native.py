@@ -22,6 +22,7 @@ import numpy as np
 
 from jlstm.cells.gru import GRU, GRUCarry, GRUParams
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams
+from jlstm.cells.wrappers import Lookup
 from jlstm.kernels import fused, library
 from jlstm.kernels.request import Request
 from jlstm.types import Array, Cell, PyTree
@@ -32,6 +33,9 @@ FEW_ROWS = 8
 
 def why_not(cell: Cell, request: Request) -> str | None:
     """Says why this loop cannot run a cell as asked, or ``None`` if it can."""
+    if type(cell) is Lookup:
+        cell, dtypes = cell.cell, request.dtypes or frozenset()
+        request = request._replace(dtypes=dtypes - {"int32"} or None)
     if type(cell) not in (LSTM, GRU):
         return f"has loops for LSTM and GRU, got {cell!r}"
     if isinstance(cell, GRU) and not cell.reset_after:
@@ -42,7 +46,7 @@ def why_not(cell: Cell, request: Request) -> str | None:
 class Args(NamedTuple):
     """What a loop reads and has gradients; absent arrays have no elements."""
 
-    xs: Array  # [B, T, D]
+    xs: Array  # [B, T, D]; or [B, T, G], projected, where w_ih has no elements
     w_ih: Array  # [D, G]
     w_hh: Array  # [H, G]
     bias: Array  # [G]
@@ -100,19 +104,25 @@ def unroll(
     del return_carries, checkpoint_every
     if not xs.size:
         return fused.unroll(cell, params, xs, carry, fresh, mask=mask, reverse=reverse)
-    none, size = jnp.zeros((0,), xs.dtype), params.w_hh.shape[0]
-    bias, bias_n = params.b, none
-    if isinstance(cell, GRU):
-        bias_n = jnp.zeros((size,), xs.dtype)
+    gru = isinstance(cell.cell if isinstance(cell, Lookup) else cell, GRU)
+    none = jnp.zeros((0,), np.float32)
+    if isinstance(cell, Lookup):
+        xs, params = cell.project(params, xs), params.cell
+        w_ih, bias = none, jnp.zeros_like(params.b)  # xs has it already
+    else:
+        w_ih, bias = params.w_ih, params.b
+        if not gru and params.b_hh is not None:
+            bias = bias + params.b_hh
+    bias_n = none
+    if gru:
+        size = params.w_hh.shape[0]
+        bias_n = jnp.zeros((size,), np.float32)
         if params.b_hh is not None:
             bias_n = params.b_hh[-size:]
-            rest = params.b_hh[:-size]
-            bias = bias + jnp.pad(rest, (0, bias.shape[0] - rest.shape[0]))
-    elif params.b_hh is not None:
-        bias = bias + params.b_hh
+            bias = bias.at[: params.b_hh.size - size].add(params.b_hh[:-size])
     args = Args(
         xs,
-        params.w_ih,
+        w_ih,
         params.w_hh,
         bias,
         bias_n,
@@ -121,8 +131,8 @@ def unroll(
     )
     no_flags = jnp.zeros((0,), bool)
     flags = Flags(*(no_flags if flag is None else flag for flag in (mask, resets)))
-    out: Any = _run(Static(isinstance(cell, GRU), reverse), args, flags)
-    carry = GRUCarry(out.h) if isinstance(cell, GRU) else LSTMCarry(out.h, out.c)
+    out: Any = _run(Static(gru, reverse), args, flags)
+    carry = GRUCarry(out.h) if gru else LSTMCarry(out.h, out.c)
     return out.ys, carry, None
 
 
@@ -190,14 +200,15 @@ def _gradients_bwd(static: Static, saved: tuple, cotangents: Args) -> tuple:
 
 
 def _reference(static: Static, args: Args, flags: Flags) -> Out:
-    size = args.w_hh.shape[0]
+    size, columns = args.w_hh.shape
+    w_ih = args.w_ih if args.w_ih.size else jnp.eye(columns, dtype=np.float32)
     if static.gru:
         cell, carries = GRU(size), (GRUCarry(args.h), GRUCarry(args.fresh_h))
-        params = GRUParams(args.w_ih, args.w_hh, args.bias, args.bias_n)
+        params = GRUParams(w_ih, args.w_hh, args.bias, args.bias_n)
     else:
         cell = LSTM(size)
         carries = LSTMCarry(args.h, args.c), LSTMCarry(args.fresh_h, args.fresh_c)
-        params = LSTMParams(args.w_ih, args.w_hh, args.bias)
+        params = LSTMParams(w_ih, args.w_hh, args.bias)
     mask, resets = (flag if flag.size else None for flag in flags)
     ys, carry, _ = fused.unroll(
         cell,
@@ -226,7 +237,7 @@ def _forward(
     each, none = (*lead, size), (0,)
     gates = (*lead, 4 * size) if keep else none
     before_c = each if keep and not static.gru else none
-    if lead[0] < FEW_ROWS and lead[1] > 1:
+    if args.w_ih.size and lead[0] < FEW_ROWS and lead[1] > 1:
         projected = args.xs @ args.w_ih
         args = args._replace(xs=projected, w_ih=jnp.zeros(none, projected.dtype))
     shapes = (each, args.h.shape, args.c.shape, gates, before_c)
@@ -240,6 +251,7 @@ def _backward(
     carry = (args.h.shape, args.c.shape)
     fresh = carry if flags.resets.size else ((0,), (0,))
     size, columns = args.w_hh.shape
+    xs = args.xs if args.w_ih.size else args.xs[..., :0]
     dz, dw_ih, dw_hh, dbias, dh, dc, dfresh_h, dfresh_c = _call(
         "jlstm_backward",
         (
@@ -252,7 +264,7 @@ def _backward(
         ),
         static,
         args.w_hh,
-        args.xs,
+        xs,
         kept.ys,
         args.h,
         args.fresh_h,
@@ -266,7 +278,7 @@ def _backward(
     if not flags.resets.size:
         dfresh_h, dfresh_c = jnp.zeros_like(dh), jnp.zeros_like(dc)
     return Args(
-        xs=dz @ args.w_ih.T,
+        xs=dz @ args.w_ih.T if args.w_ih.size else dz,
         w_ih=dw_ih,
         w_hh=dw_hh,
         bias=dbias[:columns],

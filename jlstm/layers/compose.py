@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlstm import door
+from jlstm.cells.wrappers import Lookup, LookupParams
+from jlstm.layers.pointwise import Dropout, Embed, EmbedParams
 from jlstm.layers.recurrent import (
     RNN,
+    Bidirectional,
+    BidirectionalParams,
     check_layer_field,
     is_layer,
     rows,
@@ -20,7 +24,7 @@ from jlstm.layers.recurrent import (
     take_valid,
     wrong_carry,
 )
-from jlstm.types import Array, Layer, PyTree, config, zero_rows
+from jlstm.types import Array, Layer, PyTree, config, gated, zero_rows
 
 Pooling = Literal["last", "first", "mean", "max", "sum"]
 
@@ -149,12 +153,18 @@ class Stack:
         masking: dict[str, Any] = dict(options)
         key = masking.pop("key")
         carry = (None,) * len(self.layers) if carry is None else carry
+        layers = self.layers
+        if isinstance(layers[0], Embed) and len(layers) > 1:
+            joined = on_ids(layers[0], params[0], layers[1], params[1], xs)
+            if joined is not None:
+                layers = (Dropout(0.0), joined[0], *layers[2:])
+                params = ((), joined[1], *params[2:])
         pooled_at = len(self.layers)
         if method == "last":
             seeing = [i for i, m in enumerate(self.layers) if not is_pointwise(m)]
             pooled_at = seeing[-1] if seeing else 0
         carries = []
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(layers):
             layer_key = None if key is None else jax.random.fold_in(key, i)
             args = (f"stack[{i}]", layer, params[i], xs, carry[i])
             after = retime(layer, **masking)
@@ -201,6 +211,56 @@ def stack(*layers: Layer) -> Stack:
       ((1, 3, 8), (1, 8))
     """
     return Stack(layers)
+
+
+# Tables of so many rows at most, and of half as many as there are ids.
+_MOST_ROWS = 512
+
+
+def on_ids(
+    embed: Embed, embed_params: EmbedParams, layer: Layer, params: PyTree, ids: Array
+) -> tuple[Layer, PyTree] | None:
+    """Joins an embedding and a layer, where it pays; see :class:`Lookup`.
+
+    Returns:
+      A layer that takes the ids, and its params; or ``None``.
+    """
+    if rows() is not None:  # a summary shows both
+        return None
+    if embed.vocab_size > min(_MOST_ROWS, ids.size // 2):
+        return None
+    return _on_rows(layer, params, embed.table(embed_params))
+
+
+def _on_rows(layer: Any, params: Any, table: Array) -> tuple[Layer, PyTree] | None:
+    if isinstance(layer, Stack):
+        first = _on_rows(layer.layers[0], params[0], table)
+        if first is None:
+            return None
+        return Stack((first[0], *layer.layers[1:])), (first[1], *params[1:])
+    if isinstance(layer, Bidirectional):
+        forward = _on_rows(layer.forward, params.forward, table)
+        backward = _on_rows(layer.backward, params.backward, table)
+        if forward is None or backward is None:
+            return None
+        layer = dataclasses.replace(layer, forward=forward[0], backward=backward[0])
+        return layer, BidirectionalParams(forward[1], backward[1])
+    if not isinstance(layer, RNN) or not _projects_rows(layer.cell, params, table):
+        return None
+    layer = dataclasses.replace(layer, cell=Lookup(layer.cell))
+    return layer, LookupParams(params, table)
+
+
+def _projects_rows(cell: Any, params: PyTree, table: Array) -> bool:
+    """Whether a cell makes of a table's rows what it would make of them one by one."""
+    if not gated(cell) or hasattr(cell, "prepare") or getattr(cell, "x_ndim", 1) != 1:
+        return False
+    try:
+        projected = jax.eval_shape(cell.project, params, table)
+    except (TypeError, ValueError):
+        return False  # what does not fit is named where the cell takes a step
+    leaves = jax.tree.leaves(projected)
+    return all(leaf.shape[:1] == table.shape[:1] for leaf in leaves)
 
 
 @config

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import AxisType, PartitionSpec
 
 from jlstm import door
 from jlstm import init as initialisers
 from jlstm.cells.gates import affine
+from jlstm.cells.wrappers import look_up
 from jlstm.layers.recurrent import wrong_carry
 from jlstm.types import (
     Array,
@@ -194,6 +194,9 @@ class EmbedParams:
 class Embed(Pointwise):
     """Looks up a vector for each token.
 
+    Of few symbols, in a stack with a recurrent layer or in a language model, the table
+    goes through the cell's input weights once, instead of each step's vector.
+
     Attributes:
       vocab_size: ``V``.
       size: features of a vector.
@@ -251,6 +254,10 @@ class Embed(Pointwise):
     def _map(self, params: EmbedParams, xs: Array, key: Array | None) -> Array:
         del key
         self.check(xs)
+        return look_up(self.table(params), xs)
+
+    def table(self, params: EmbedParams) -> Array:
+        """Returns the table, as gradients are to see it."""
         shape = (self.vocab_size, self.size)
         if params.table.shape != shape:
             raise door.error(
@@ -258,20 +265,7 @@ class Embed(Pointwise):
                 f"table must be {list(shape)}, got {list(params.table.shape)}; were "
                 "the params made for another config?",
             )
-        table = jax.lax.stop_gradient(params.table) if self.frozen else params.table
-        return look_up(table, xs)
-
-
-def look_up(table: Array, ids: Array) -> Array:
-    """Gathers ``table[ids]``, ids clipped, sharded as the ids are."""
-    sharding = jax.typeof(ids).sharding
-    out_sharding = None
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        out_sharding = PartitionSpec(*sharding.spec, *(None,) * (table.ndim - 1))
-    # Without wrapping, since -1 is not the last token.
-    return table.at[ids].get(
-        mode="clip", out_sharding=out_sharding, wrap_negative_indices=False
-    )
+        return jax.lax.stop_gradient(params.table) if self.frozen else params.table
 
 
 @struct.dataclass

@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 
 from jlstm import door
-from jlstm.cells.wrappers import Precision
+from jlstm.cells.wrappers import Lookup, Precision
 from jlstm.types import (
     Array,
     Cell,
@@ -275,6 +275,7 @@ def _check_floating(where: str, cell: Cell, xs: PyTree) -> None:
         len(leaves) == 1
         and jnp.issubdtype(leaves[0].dtype, jnp.integer)
         and type(cell).__module__.startswith("jlstm.cells")
+        and not isinstance(cell, Lookup)
     ):
         raise door.error(
             where,

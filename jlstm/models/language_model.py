@@ -12,6 +12,7 @@ from jlstm.cells import affine
 from jlstm.door import valid_steps
 from jlstm.init import Normal
 from jlstm.layers import Dense, Embed, EmbedParams, is_causal, run_layer
+from jlstm.layers.compose import on_ids
 from jlstm.layers.recurrent import check_layer_field
 from jlstm.types import (
     Array,
@@ -146,6 +147,10 @@ class LanguageModel:
         """
         masking: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
         valid_steps(xs, **masking, where="LanguageModel")
+        joined = on_ids(self._embed, params.embed, self.body, params.body, xs)
+        if joined is not None:
+            self._embed.check(xs)
+            return run_layer("body", *joined, xs, carry, key=key, **masking)
         vectors, _ = run_layer("embed", self._embed, params.embed, xs, **masking)
         return run_layer(
             "body", self.body, params.body, vectors, carry, key=key, **masking
