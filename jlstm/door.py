@@ -99,7 +99,8 @@ def unroll(
     Raises:
       ValueError: a shape, dtype or value does not fit, or the implementation is
         unknown.
-      NotImplementedError: the named implementation cannot run this cell.
+      NotImplementedError: the named implementation cannot run this cell; or the call
+        is inside a ``jax.shard_map`` that has not ``check_vma=False``.
 
     Example:
       >>> cell, xs = jlstm.LSTM(8), jnp.ones((2, 5, 3))
@@ -115,6 +116,7 @@ def unroll(
         )
     lengths, mask, resets = as_arrays(lengths, mask, resets)
     _check_xs(cell, xs)
+    _check_shard_map((params, xs, carry))
     given_mask = mask
     mask = valid_steps(xs, lengths=lengths, mask=mask, resets=resets, where="unroll")
     _check_carry(cell, params, carry, jax.tree.leaves(xs)[0].shape[0])
@@ -332,6 +334,16 @@ def _check_xs(cell: Cell, xs: PyTree) -> None:
             "unroll",
             f"xs must be {expected}, got shape {leaves[0].shape}; {cell!r} takes x of "
             f"{features} feature dimensions (its attribute x_ndim)",
+        )
+
+
+def _check_shard_map(arrays: PyTree) -> None:
+    types = map(jax.typeof, jax.tree.leaves(arrays))
+    if any(type_.manual_axis_type.varying for type_ in types):
+        raise NotImplementedError(
+            "unroll: inside jax.shard_map, give it check_vma=False; what differs among "
+            "devices is not tracked through a loop, so take gradients outside, or sum "
+            "those of params over the devices yourself"
         )
 
 

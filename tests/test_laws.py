@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,14 +21,16 @@ KINDS = [jlstm.LSTM(3), jlstm.GRU(3), jlstm.Elman(3)]
 # option of the LSTM.
 CHRONO = jlstm.init.Chrono(9)
 MET = [*KINDS, jlstm.GRU(3, reset_after=False)]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 VARIANTS = [
     *(cell for cell in CELLS if cell not in MET and not isinstance(cell, jlstm.LSTM)),
-    jlstm.LSTM(2, forget_bias=CHRONO, double_bias=True, learned_carry=True),
+    # What these options add is linear, and is checked with the other cells.
+    slow(jlstm.LSTM(2, forget_bias=CHRONO, double_bias=True, learned_carry=True)),
     jlstm.Precision(jlstm.LSTM(2), jlstm.Policy(accumulate=jnp.float64)),
 ]
 TOKENS = jnp.arange(18, dtype=jnp.int32).reshape(3, 6) % 7
 LAYERS = [
-    (jlstm.RNN(jlstm.GRU(2), reverse=True), None),
+    slow(jlstm.RNN(jlstm.GRU(2), reverse=True), None),  # as in both directions
     (jlstm.bidirectional(jlstm.LSTM(2), jlstm.Elman(2)), None),
     (jlstm.Dense(2, activation=jnp.tanh), None),
     (jlstm.Embed(7, 2), TOKENS),

@@ -168,7 +168,9 @@ for shape in test_product.SHAPES:
 """
 
 
-@pytest.mark.parametrize("loops", ["portable", "avx2"])
+@pytest.mark.parametrize(
+    "loops", ["portable", pytest.param("avx2", marks=pytest.mark.slow)]
+)
 def test_loops_for_other_processors_equal_the_reference(loops):
     plain = str(jax.config.read("jax_disable_most_optimizations"))
     environment = {**os.environ, "JLSTM_LOOPS": loops}
@@ -277,3 +279,11 @@ def test_empty_sequences_and_batches_are_fine():
         assert ys.shape == (batch, time, 3)
         jax.tree.map(np.testing.assert_array_equal, last, carry)
     assert jnp.isfinite(ys).all()
+
+
+@pytest.mark.parametrize("cell", [jlstm.LSTM(5), jlstm.GRU(5)], ids=repr)
+def test_gradients_of_inputs_of_large_weights_are_the_same(cell, monkeypatch):
+    args, cotangents = arguments(cell, 5, 4, 3)
+    inside = results(native, cell, args, cotangents, "mask")
+    monkeypatch.setattr(native, "LARGE", 0)
+    check(results(native, cell, args, cotangents, "mask"), inside, 1e-5)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jlstm
 from jlstm import train
@@ -106,3 +108,24 @@ def test_leaf_without_the_batch_is_refused_by_name():
     batch = {**tags(4), "lengths": np.zeros(3, int)}
     with pytest.raises(ValueError, match=r"batch\['lengths'\] \[3\], batch\['tags'\]"):
         train.data_parallel(tag_loss, 2)({}, batch, key=None, carry=None)
+
+
+@pytest.mark.parametrize("implementation", [None, "scan"])
+def test_shard_map_that_tracks_devices_is_refused(implementation):
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,))
+    layer, xs = (
+        jlstm.RNN(jlstm.LSTM(2), implementation=implementation),
+        jnp.ones((4, 3, 2)),
+    )
+    params = layer.init(jax.random.key(0), xs)
+
+    def apply(check_vma):
+        specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
+        return jax.shard_map(
+            lambda params, xs: layer.apply(params, xs)[0],
+            mesh=mesh, check_vma=check_vma, **specs,
+        )(params, xs)  # fmt: skip
+
+    np.testing.assert_allclose(apply(False), layer.apply(params, xs)[0], atol=1e-6)
+    with pytest.raises(NotImplementedError, match="give it check_vma=False"):
+        apply(True)

@@ -182,7 +182,9 @@ def test_gradient_of_a_gradient_equals_that_of_xla(monkeypatch):
     test_native.check(found, expected, test_native.GRADIENT_TOLERANCE)
 
 
-@pytest.mark.parametrize("over", ["rows", "params", "both"])
+@pytest.mark.parametrize(
+    "over", ["rows", "params", pytest.param("both", marks=pytest.mark.slow)]
+)
 def test_map_equals_a_loop(over):
     cell = MGU(3)
     params, xs = setting(cell, 4, 5, 2)

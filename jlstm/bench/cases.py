@@ -56,7 +56,7 @@ GRID = (
     Size(50, 256, 32, 32),
 )
 
-VARIANTS = ("scan", "one", "two", "native", "checkpoint")
+VARIANTS = ("scan", "xla", "one", "two", "native", "checkpoint")
 JAX_PEERS = (
     "nnx",
     "nnx-unroll4",
@@ -104,7 +104,7 @@ class Suite:
     shows_memory: bool = False
     vocab_size: int = 0
     num_layers: int = 1
-    variants: tuple[str, ...] = ("scan", "one", "two", "native")
+    variants: tuple[str, ...] = ("scan", "xla", "one", "two", "native")
     peers: tuple[str, ...] = PEERS
     references: tuple[str, ...] = ("torch", "jax")
     least_calls: int = 3

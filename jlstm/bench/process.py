@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import jlstm
-from jlstm.bench.cases import PEERS, Size
+from jlstm.bench.cases import PEERS, VARIANTS, Size
 
 PATIENCE = 900.0  # seconds in which a worker must answer
 MALLOC = {
@@ -38,8 +38,8 @@ class Config:
 
     suite: str = "lstm-train"
     """Suites, or all."""
-    variants: str = "scan,one,two,native,checkpoint"
-    """Of jlstm: the plain scan, the default, the same on two devices, and others."""
+    variants: str = ",".join(VARIANTS)
+    """Of jlstm: the plain scan, the fused loop without C++, with it, and others."""
     peers: str = ",".join(PEERS)
     """Other libraries; those that are not installed are left out."""
     sizes: tuple[str, ...] = ()

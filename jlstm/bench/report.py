@@ -161,7 +161,13 @@ def _details(
 
 
 # Of jlstm strong, of others pale.
-COLOURS = {"scan": "#88ccee", "one": "#4477aa", "two": "#cc3311", "native": "#aa3377"}
+COLOURS = {
+    "scan": "#88ccee",
+    "xla": "#ddcc77",
+    "one": "#4477aa",
+    "two": "#cc3311",
+    "native": "#aa3377",
+}
 MARKERS: dict[str, str] = dict(zip(JAX_PEERS, "ovsP^Xd*", strict=True))
 
 

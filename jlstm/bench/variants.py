@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 import time
 from typing import Any
 
@@ -34,10 +35,12 @@ class Variant:
     implementation: str | None = None
     devices: int = 1
     checkpoint_every: int | None = None
+    library: bool = True  # the one in C++
 
 
 VARIANTS = {
     "scan": Variant("scan"),
+    "xla": Variant("fused", library=False),
     "one": Variant("fused"),
     "two": Variant("fused", devices=2),
     "native": Variant("native"),
@@ -53,6 +56,8 @@ def make_program(name: str, suite: Suite, size: Size) -> Program:
       Refused: jlstm has no such implementation for this cell, or JAX too few devices.
     """
     variant, cell = VARIANTS[name], CELLS[suite.cell](size.H)
+    if not variant.library:  # read when it is first asked for
+        os.environ["JLSTM_NATIVE"] = "0"
     # Read when JAX first touches a device.
     jax.config.update("jax_num_cpu_devices", variant.devices)
     if variant.implementation is not None:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams
 from jlstm.kernels import fused
 from jlstm.kernels.request import Request
-from jlstm.types import Array, Cell, PyTree, where_rows, zero_rows
+from jlstm.types import Array, Cell, where_rows, zero_rows
 
 PRECISION = "jax_default_matmul_precision"
 LOWER = ("default", "high", "bfloat16", "tensorfloat32", "TF32_TF32_F32")
@@ -60,7 +60,7 @@ def unroll(
     del resets, return_carries, checkpoint_every
     if not xs.size:
         return fused.unroll(cell, params, xs, carry, fresh, mask=mask, reverse=reverse)
-    _check_trace((params, xs, carry))
+    _check_platform()
     lengths, some = jnp.full(xs.shape[:1], xs.shape[1], jnp.int32), None
     if mask is not None:
         lengths = mask.sum(axis=1, dtype=jnp.int32)
@@ -137,7 +137,7 @@ def _precision() -> jax.lax.Precision:
     return jax.lax.Precision.HIGH if lower else jax.lax.Precision.HIGHEST
 
 
-def _check_trace(arrays: PyTree) -> None:
+def _check_platform() -> None:
     """Refuses what JAX would take, and answer wrongly."""
     from jax.extend import backend
 
@@ -145,9 +145,4 @@ def _check_trace(arrays: PyTree) -> None:
         raise NotImplementedError(
             "cudnn: runs on CUDA, arrays are on ROCm, whose library orders gates "
             "otherwise; use implementation='scan', or None to choose"
-        )
-    if any(jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(arrays)):
-        raise NotImplementedError(
-            "cudnn: JAX would leave the gradients of params unsummed over the devices "
-            "of this shard_map; give it check_vma=False"
         )

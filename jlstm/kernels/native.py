@@ -29,6 +29,8 @@ from jlstm.types import Array, Cell, PyTree
 
 # Of fewer rows XLA computes the product with the inputs, which needs no order of steps.
 FEW_ROWS = 8
+# Weights of so many elements leave no room in a core's cache for what they multiply.
+LARGE = 1 << 18
 
 
 def why_not(cell: Cell, request: Request) -> str | None:
@@ -251,11 +253,12 @@ def _backward(
     carry = (args.h.shape, args.c.shape)
     fresh = carry if flags.resets.size else ((0,), (0,))
     size, columns = args.w_hh.shape
-    xs = args.xs if args.w_ih.size else args.xs[..., :0]
-    dz, dw_ih, dw_hh, dbias, dh, dc, dfresh_h, dfresh_c = _call(
+    # Of larger weights XLA computes the product, once all cotangents are there.
+    inputs = 0 < args.w_ih.size < LARGE
+    dxs, dw_ih, dw_hh, dbias, dh, dc, dfresh_h, dfresh_c = _call(
         "jlstm_backward",
         (
-            (*args.xs.shape[:2], columns),
+            args.xs.shape if inputs else (*args.xs.shape[:2], columns),
             args.w_ih.shape,
             args.w_hh.shape,
             (4 * size,),
@@ -263,8 +266,9 @@ def _backward(
             *fresh,
         ),
         static,
+        args.w_ih,
         args.w_hh,
-        xs,
+        args.xs,
         kept.ys,
         args.h,
         args.fresh_h,
@@ -272,13 +276,16 @@ def _backward(
         kept.before_c,
         *cotangents,
         *flags,
-        # The gates of an LSTM give their place to their cotangents.
-        aliases={} if static.gru else {5: 0},
+        # The gates of an LSTM can give their place to their cotangents.
+        aliases={} if static.gru or inputs else {6: 0},
+        inputs=inputs,
     )
+    if args.w_ih.size and not inputs:
+        dxs = dxs @ args.w_ih.T
     if not flags.resets.size:
         dfresh_h, dfresh_c = jnp.zeros_like(dh), jnp.zeros_like(dc)
     return Args(
-        xs=dz @ args.w_ih.T if args.w_ih.size else dz,
+        xs=dxs,
         w_ih=dw_ih,
         w_hh=dw_hh,
         bias=dbias[:columns],
@@ -291,7 +298,12 @@ def _backward(
 
 
 def _call(
-    name: str, shapes: tuple, static: Static, *args: Array, aliases: Any = None
+    name: str,
+    shapes: tuple,
+    static: Static,
+    *args: Array,
+    aliases: Any = None,
+    **options: bool,
 ) -> Sequence[Array]:
     call = jax.ffi.ffi_call(
         name,
@@ -299,6 +311,6 @@ def _call(
         vmap_method="sequential",
         input_output_aliases=aliases,
     )
-    made = call(*args, gru=static.gru, reverse=static.reverse)
+    made = call(*args, gru=static.gru, reverse=static.reverse, **options)
     assert isinstance(made, Sequence)
     return made

@@ -174,7 +174,7 @@ Flags flags_of(Booleans& mask, Booleans& resets, bool reverse) {
 // Puts weights in order, a share of the panels on each thread.
 void pack(ffi::ThreadPool& pool, Cell cell, const Shape& s, bool backward,
           const float* w_ih, const float* w_hh, const Floats& packed) {
-  const int64_t panels = loops().panels(cell, s, backward);
+  const int64_t panels = loops().panels(s, backward, w_ih == nullptr);
   // Of small weights another thread would not have woken before they are in order.
   const bool small = packed.size() < (1 << 18);
   const int64_t parts = small ? 1 : std::min(panels, pool.num_threads());
@@ -214,21 +214,34 @@ ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
   return ffi::Error::Success();
 }
 
-ffi::Error backward(ffi::ThreadPool pool, Buffer w_hh, Buffer xs, Buffer ys, Buffer h0,
-                    Buffer fresh_h, Buffer gates, Buffer before_c, Buffer dys,
-                    Buffer dh, Buffer dc, Booleans mask, Booleans resets, Result dz,
-                    Result dw_ih, Result dw_hh, Result dbias, Result dh0, Result dc0,
-                    Result dfresh_h, Result dfresh_c, bool gru, bool reverse) {
+ffi::Error backward(ffi::ThreadPool pool, Buffer w_ih, Buffer w_hh, Buffer xs,
+                    Buffer ys, Buffer h0, Buffer fresh_h, Buffer gates, Buffer before_c,
+                    Buffer dys, Buffer dh, Buffer dc, Booleans mask, Booleans resets,
+                    Result dxs, Result dw_ih, Result dw_hh, Result dbias, Result dh0,
+                    Result dc0, Result dfresh_h, Result dfresh_c, bool gru,
+                    bool reverse, bool inputs) {
   const auto x = xs.dimensions();
-  const Shape s{x[0], x[1], x[2], w_hh.dimensions()[0]};
+  const bool projected = w_ih.element_count() == 0;
+  const Shape s{x[0], x[1], projected ? 0 : x[2], w_hh.dimensions()[0]};
   const Cell cell = gru ? Cell::kGru : Cell::kLstm;
-  const Backward io{data(xs),   data(ys),   data(h0),        data(fresh_h),
-                    data(gates), data(before_c), data(dys),   data(dh),
-                    data(dc),   data(*dz),  data(*dh0),      data(*dc0),
-                    data(*dfresh_h), data(*dfresh_c)};
+  const Backward io{data(xs),
+                    data(ys),
+                    data(h0),
+                    data(fresh_h),
+                    data(gates),
+                    data(before_c),
+                    data(dys),
+                    data(dh),
+                    data(dc),
+                    inputs ? data(*dxs) : nullptr,
+                    inputs ? nullptr : data(*dxs),
+                    data(*dh0),
+                    data(*dc0),
+                    data(*dfresh_h),
+                    data(*dfresh_c)};
   const Flags flags = flags_of(mask, resets, reverse);
-  const Floats packed(loops().packed_size(cell, s, true, true));
-  pack(pool, cell, s, true, nullptr, data(w_hh), packed);
+  const Floats packed(loops().packed_size(cell, s, true, !inputs));
+  pack(pool, cell, s, true, inputs ? data(w_ih) : nullptr, data(w_hh), packed);
   const auto dealt = deal(s, flags.mask, pool.num_threads());
 
   // The first thread adds to the results, the others to sums of their own, which are
@@ -439,6 +452,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_forward, jlstm::forward,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_backward, jlstm::backward,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jlstm::Buffer>()  // w_ih
                                   .Arg<jlstm::Buffer>()  // w_hh
                                   .Arg<jlstm::Buffer>()  // xs
                                   .Arg<jlstm::Buffer>()  // ys
@@ -451,7 +465,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_backward, jlstm::backward,
                                   .Arg<jlstm::Buffer>()  // dc
                                   .Arg<jlstm::Booleans>()  // mask
                                   .Arg<jlstm::Booleans>()  // resets
-                                  .Ret<jlstm::Buffer>()  // dz
+                                  .Ret<jlstm::Buffer>()  // dxs, or dz
                                   .Ret<jlstm::Buffer>()  // dw_ih
                                   .Ret<jlstm::Buffer>()  // dw_hh
                                   .Ret<jlstm::Buffer>()  // dbias
@@ -460,4 +474,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_backward, jlstm::backward,
                                   .Ret<jlstm::Buffer>()  // dfresh_h
                                   .Ret<jlstm::Buffer>()  // dfresh_c
                                   .Attr<bool>("gru")
-                                  .Attr<bool>("reverse"));
+                                  .Attr<bool>("reverse")
+                                  .Attr<bool>("inputs"));

@@ -389,18 +389,19 @@ constexpr int64_t kBlock = 256;
 
 // Weights of a panel, a span of hidden units: [P, G, W, span].
 template <Cell C>
-void pack_backward(const Shape& s, const float* w_hh, int64_t panel, float* out) {
+void pack_backward(const float* w, int64_t height, int64_t H, int64_t panel,
+                   float* out) {
   constexpr int64_t G = kGates<C>;
-  const int64_t padded = vectors(s.H) * W;
-  const Span part = span(s.H, panel);
+  const int64_t padded = vectors(H) * W;
+  const Span part = span(height, panel);
   const int64_t width = part.count * W, first = part.first * W;
   out += first * G * padded;
   clear(out, G * padded * width);
-  const int64_t n = least(width, s.H - first);
+  const int64_t n = least(width, height - first);
   for (int64_t j = 0; j < n; ++j) {
     for (int64_t g = 0; g < G; ++g) {
-      const float* row = w_hh + ((first + j) * G + g) * s.H;
-      for (int64_t u = 0; u < s.H; ++u) {
+      const float* row = w + ((first + j) * G + g) * H;
+      for (int64_t u = 0; u < H; ++u) {
         out[((u / W * G + g) * W + u % W) * width + j] = row[u];
       }
     }
@@ -460,15 +461,20 @@ class Backwards {
     for (int64_t step = s.T - 1; step >= 0; --step) {
       const int64_t t = time(step);
       active.find(flags, rows, count, s.T, t, [&](int64_t i) {
-        clear(io.dz + (rows[i] * s.T + t) * G * H, G * H);
+        const int64_t at = rows[i] * s.T + t;
+        if (io.dz != nullptr) {
+          clear(io.dz + at * G * H, G * H);
+        } else {
+          clear(io.dxs + at * s.D, s.D);
+        }
       });
-      if (filled + active.count > size) add_weights();
+      if (filled + active.count > size) flush();
       gates(t);
       for (int64_t panel = 0; panel < spans(H); ++panel) carry(panel);
       filled += active.count;
       if (flags.resets != nullptr) reset(t);
     }
-    add_weights();
+    flush();
     for (int64_t i = 0; i < count; ++i) {
       copy(dhs.at(i * padded), H, io.dh0 + rows[i] * H);
       if (kLstm) copy(dcs.at(i * padded), H, io.dc0 + rows[i] * H);
@@ -528,7 +534,6 @@ class Backwards {
         const int64_t i = active.places[a], at = rows[i] * s.T + t;
         const float* gates = io.gates + at * 4 * H + u;
         float* dz = dzs.at((p * size + filled + a) * 4 * W);
-        float* dzx = io.dz + at * G * H + u;
         float* dh_at = dhs.at(i * padded + u);
         const Vec dh = load(dh_at) + load(io.dys + at * H + u, n);
         Vec d[4];
@@ -559,8 +564,11 @@ class Backwards {
           store(dz + g * W, d[g]);
           sum[g] += d[g];
         }
+        if (io.dz != nullptr) {
+          float* dzx = io.dz + at * G * H + u;
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) store(dzx + g * H, d[g < G - 1 ? g : 3], n);
+          for (int g = 0; g < G; ++g) store(dzx + g * H, d[g < G - 1 ? g : 3], n);
+        }
       }
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) store(sums.at(g * padded + u), sum[g]);
@@ -606,16 +614,63 @@ class Backwards {
     });
   }
 
-  void add_weights() {
-    const auto work = [](void* self, int64_t p) {
-      static_cast<Backwards*>(self)->add_weights_of(p);
+  // Takes the cotangents of the gates of a block to the gradients of the weights and
+  // to a span of those of the inputs.
+  void flush() {
+    const auto work = [](void* self, int64_t i) {
+      Backwards& loop = *static_cast<Backwards*>(self);
+      i < loop.P ? loop.add_weights_of(i) : loop.inputs(i - loop.P);
     };
+    const int64_t all = P + (io.dz == nullptr ? spans(s.D) : 0);
     if (each.run != nullptr) {
-      each.run(each.pool, P, work, this);
+      each.run(each.pool, all, work, this);
     } else {
-      for (int64_t p = 0; p < P; ++p) add_weights_of(p);
+      for (int64_t i = 0; i < all; ++i) work(this, i);
     }
     filled = 0;
+  }
+
+  void inputs(int64_t panel) {
+    const Span part = span(s.D, panel);
+    switch (part.count) {
+      case 1: return inputs_of<1>(part);
+      case 2: return inputs_of<2>(part);
+      case 3: return inputs_of<3>(part);
+      default: return inputs_of<4>(part);
+    }
+  }
+
+  template <int N>
+  void inputs_of(Span part) {
+    const float* weights = packed + (padded + part.first * W) * G * padded;
+    const int64_t last = least(W, s.D - (part.first + N - 1) * W);
+    in_groups<most_rows(N)>(filled, [&](int64_t start, auto group) {
+      constexpr int R = decltype(group)::value;
+      Vec acc[R][N] = {};
+      const float *dz[R], *of_candidate[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        dz[r] = dzs.at((start + r) * 4 * W);
+        of_candidate[r] = dz[r] + 3 * W;
+      }
+      for (int64_t p = 0; p < P; ++p) {
+        const float* w = weights + p * G * W * N * W;
+        multiply<R, N, N - 1>(dz, w, (kLstm ? 4 : 2) * W, acc);
+        if (!kLstm) multiply<R, N, N - 1>(of_candidate, w + 2 * W * N * W, W, acc);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          dz[r] += size * 4 * W;
+          of_candidate[r] += size * 4 * W;
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        float* to = io.dxs + (xs[start + r] - io.xs) + part.first * W;
+#pragma GCC unroll 8
+        for (int v = 0; v < N - 1; ++v) store(to + v * W, acc[r][v]);
+        store(to + (N - 1) * W, acc[r][N - 1], last);
+      }
+    });
   }
 
   void add_weights_of(int64_t p) {
@@ -731,26 +786,31 @@ int64_t step_panels(const Shape& s) {
   return (vectors(s.H) + kStepVectors - 1) / kStepVectors;
 }
 
-int64_t panels(Cell, const Shape& s, bool backward) {
-  return backward ? spans(s.H) : vectors(s.H);
+int64_t panels(const Shape& s, bool backward, bool projected) {
+  if (!backward) return vectors(s.H);
+  return spans(s.H) + (projected ? 0 : spans(s.D));
 }
 
 int64_t packed_size(Cell cell, const Shape& s, bool backward, bool projected) {
   const int64_t G = cell == Cell::kLstm ? 4 : 3, padded = vectors(s.H) * W;
-  if (backward) return padded * G * padded;
-  return (s.H + (projected ? 0 : s.D)) * G * padded;
+  if (!backward) return (s.H + (projected ? 0 : s.D)) * G * padded;
+  return (padded + (projected ? 0 : vectors(s.D) * W)) * G * padded;
+}
+
+template <Cell C>
+void pack_of(const Shape& s, bool backward, const float* w_ih, const float* w_hh,
+             int64_t panel, float* packed) {
+  if (!backward) return pack_forward<C>(s, w_ih, w_hh, panel, packed);
+  const int64_t others = panel - spans(s.H), padded = vectors(s.H) * W;
+  if (others < 0) return pack_backward<C>(w_hh, s.H, s.H, panel, packed);
+  pack_backward<C>(w_ih, s.D, s.H, others, packed + padded * kGates<C> * padded);
 }
 
 void pack(Cell cell, const Shape& s, bool backward, const float* w_ih,
           const float* w_hh, int64_t panel, float* packed) {
   const bool lstm = cell == Cell::kLstm;
-  if (backward) {
-    (lstm ? pack_backward<Cell::kLstm> : pack_backward<Cell::kGru>)(s, w_hh, panel,
-                                                                   packed);
-  } else {
-    (lstm ? pack_forward<Cell::kLstm> : pack_forward<Cell::kGru>)(s, w_ih, w_hh, panel,
-                                                                 packed);
-  }
+  (lstm ? pack_of<Cell::kLstm> : pack_of<Cell::kGru>)(s, backward, w_ih, w_hh, panel,
+                                                      packed);
 }
 
 void run_forward(Cell cell, const Shape& s, const Flags& flags, const Forward& io,

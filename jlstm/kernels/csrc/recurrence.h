@@ -47,7 +47,8 @@ struct Backward {
   const float *gates, *before_c;     // as above
   const float* dys;                  // [B, T, H]
   const float *dh, *dc;              // [B, H]
-  float* dz;                         // [B, T, G H], by x W_ih
+  float* dxs;                        // [B, T, D], or null for the next:
+  float* dz;                         // [B, T, G H], by x W_ih, else null
   float *dh0, *dc0;                  // [B, H]
   float *dfresh_h, *dfresh_c;        // [B, H], written where there are resets
 };
@@ -78,7 +79,7 @@ struct Each {
 struct Loops {
   // Weights in the order in which a loop reads them, in panels that do not depend on
   // each other. w_ih is null where the loop does not read it.
-  int64_t (*panels)(Cell, const Shape&, bool backward);
+  int64_t (*panels)(const Shape&, bool backward, bool projected);
   int64_t (*packed_size)(Cell, const Shape&, bool backward, bool projected);
   void (*pack)(Cell, const Shape&, bool backward, const float* w_ih, const float* w_hh,
                int64_t panel, float* packed);
