@@ -55,7 +55,9 @@ def smoke(name, path, **changes):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", ["char_lm", "highlight"])
+@pytest.mark.parametrize(
+    "name", ["char_lm", pytest.param("highlight", marks=pytest.mark.slow)]
+)
 def test_smoke_preset_leaves_its_results(name, tmp_path):
     check_smoke(name, tmp_path)
 
