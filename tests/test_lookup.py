@@ -89,6 +89,8 @@ def test_native_loop_takes_ids(cell, monkeypatch):
     layer = jlstm.stack(embed(), jlstm.RNN(cell, implementation="native"))
     params = layer.init(KEY, IDS)
     check(gradient(together, layer, params), gradient(apart, layer, params), 2e-5)
+    bytes_, _ = layer.apply(params, IDS.astype(np.uint8))
+    np.testing.assert_array_equal(bytes_, layer.apply(params, IDS)[0])
 
 
 @pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
@@ -112,12 +114,15 @@ def test_gradient_of_the_gradient_of_the_native_loop_on_ids(monkeypatch):
         (embed(), jlstm.Residual(jlstm.RNN(jlstm.LSTM(4)))),
         (embed(), jlstm.Dropout(0.5)),
         (embed(), jlstm.Dense(3)),
+        (embed(), jlstm.RNN(jlstm.LSTM(3), implementation="cudnn")),
     ],
-    ids=["large vocabulary", "Residual", "Dropout", "Dense"],
+    ids=["large vocabulary", "Residual", "Dropout", "Dense", "cudnn"],
 )
 def test_other_layers_are_not_joined(first, second):
     layer = jlstm.stack(first, second)
-    assert joined(layer, layer.init(KEY, IDS)) is None
+    # On a CPU cuDNN is refused as soon as it is to run.
+    params = jlstm.with_implementation(layer, "scan").init(KEY, IDS)
+    assert joined(layer, params) is None
 
 
 class Prepared(MGU):

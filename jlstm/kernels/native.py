@@ -36,8 +36,8 @@ LARGE = 1 << 18
 def why_not(cell: Cell, request: Request) -> str | None:
     """Says why this loop cannot run a cell as asked, or ``None`` if it can."""
     if type(cell) is Lookup:
-        cell, dtypes = cell.cell, request.dtypes or frozenset()
-        request = request._replace(dtypes=dtypes - {"int32"} or None)
+        floats = {d for d in request.dtypes or () if jnp.issubdtype(d, jnp.inexact)}
+        cell, request = cell.cell, request._replace(dtypes=frozenset(floats) or None)
     if type(cell) not in (LSTM, GRU):
         return f"has loops for LSTM and GRU, got {cell!r}"
     if isinstance(cell, GRU) and not cell.reset_after:

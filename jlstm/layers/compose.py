@@ -245,7 +245,9 @@ def _on_rows(layer: Any, params: Any, table: Array) -> tuple[Layer, PyTree] | No
             return None
         layer = dataclasses.replace(layer, forward=forward[0], backward=backward[0])
         return layer, BidirectionalParams(forward[1], backward[1])
-    if not isinstance(layer, RNN) or not _projects_rows(layer.cell, params, table):
+    if not isinstance(layer, RNN) or layer.implementation == "cudnn":
+        return None  # which projects inputs itself
+    if not _projects_rows(layer.cell, params, table):
         return None
     layer = dataclasses.replace(layer, cell=Lookup(layer.cell))
     return layer, LookupParams(params, table)
