@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -111,10 +112,119 @@ const Loops& loops() {
 // Of so few rows a single step does not repay putting the weights in order.
 constexpr int64_t kFewRows = 8;
 
-// Runs f(0) .. f(count - 1) on the pool. The caller takes part, so that it ends even if
-// no other thread is free; it waits only for what others have begun.
+// The threads of a call. Its parts, and the products of a loop, come every few
+// microseconds: until the next a helper looks out for it instead of going to sleep, for
+// to wake it would take longer than many a part. The caller takes tiles from the front
+// and helpers from the back, so that a core finds most of its weights in its own cache;
+// and a helper that comes late keeps nobody waiting.
+class Team {
+ public:
+  // Runs f(0) .. f(count - 1) on so many hands, or returns false if others are at work.
+  // Helpers are kept for what follows if more is said to.
+  template <typename F>
+  bool run(ffi::ThreadPool& pool, int64_t hands, int64_t count, const F& f, bool more) {
+    if (count > kMost || busy_.test_and_set(std::memory_order_acquire)) return false;
+    call_.store([](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); },
+                std::memory_order_relaxed);
+    context_.store(&f, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    more_.store(true);
+    tiles_.store(++round_ << 32 | static_cast<uint64_t>(count));
+    for (; helpers_.load() < hands - 1; ++helpers_) {
+      pool.Schedule([this] { help(); });
+    }
+    while (take_tile(true)) continue;
+    for (int64_t i = 0; done_.load(std::memory_order_acquire) < count; ++i) {
+      // A helper that has lost its core may need this one.
+      i < kSpins ? pause() : std::this_thread::yield();
+    }
+    if (!more) more_.store(false);
+    busy_.clear(std::memory_order_release);
+    return true;
+  }
+
+ private:
+  static constexpr int64_t kMost = (1 << 16) - 1;
+  static constexpr int64_t kSpins = 1000;
+  static constexpr std::chrono::microseconds kPatience{50};
+
+  static void pause() {
+#ifdef JLSTM_X86
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+  }
+
+  // Runs a tile; returns whether there was one. A word has the number of the round, the
+  // first tile that is left and the end of those that are left, so that what is taken
+  // belongs to the round whose function was read.
+  bool take_tile(bool front) {
+    uint64_t word = tiles_.load(std::memory_order_acquire);
+    for (;;) {
+      const uint64_t first = word >> 16 & kMost, end = word & kMost;
+      if (first == end) return false;
+      const auto call = call_.load(std::memory_order_relaxed);
+      const void* context = context_.load(std::memory_order_relaxed);
+      const uint64_t rest = front ? word + (1 << 16) : word - 1;
+      if (tiles_.compare_exchange_weak(word, rest, std::memory_order_acq_rel)) {
+        call(context, front ? first : end - 1);
+        done_.fetch_add(1, std::memory_order_release);
+        return true;
+      }
+    }
+  }
+
+  void help() {
+    using Clock = std::chrono::steady_clock;
+    for (;;) {
+      for (auto until = Clock::now() + kPatience; more_ && Clock::now() < until;) {
+        bool worked = false;
+        for (int i = 0; i < 16; ++i) {
+          if (take_tile(false)) {
+            worked = true;
+          } else {
+            pause();
+          }
+        }
+        if (worked) until = Clock::now() + kPatience;
+      }
+      --helpers_;
+      // Who came meanwhile may have counted on this helper.
+      const uint64_t word = tiles_.load();
+      if ((word >> 16 & kMost) == (word & kMost)) return;
+      ++helpers_;
+    }
+  }
+
+  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+  uint64_t round_ = 0;
+  std::atomic<uint64_t> tiles_{0};
+  std::atomic<void (*)(const void*, int64_t)> call_{nullptr};
+  std::atomic<const void*> context_{nullptr};
+  std::atomic<int64_t> done_{0}, helpers_{0};
+  std::atomic<bool> more_{false};
+};
+
+Team& team() {
+  static Team& team = *new Team;  // its helpers may outlive static objects
+  return team;
+}
+
+constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
+
+// Runs f(0) .. f(count - 1) on up to so many threads of the pool. The caller takes part,
+// so that it ends even if no other thread is free.
 template <typename F>
-void share(ffi::ThreadPool& pool, int64_t count, const F& f) {
+void share(ffi::ThreadPool& pool, int64_t hands, int64_t count, const F& f,
+           bool more = false) {
+  hands = std::min({hands, count, pool.num_threads()});
+  if (hands < 2) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  if (team().run(pool, hands, count, f, more)) return;
+  // A call beside this one has the team.
   struct State {
     std::atomic<int64_t> next{0};
     std::mutex mutex;
@@ -129,7 +239,7 @@ void share(ffi::ThreadPool& pool, int64_t count, const F& f) {
       if (++state->done == count) state->ended.notify_all();
     }
   };
-  for (int64_t i = 1; i < count; ++i) pool.Schedule(decltype(work)(work));
+  for (int64_t i = 1; i < hands; ++i) pool.Schedule(decltype(work)(work));
   work();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->ended.wait(lock, [&] { return state->done == count; });
@@ -171,18 +281,13 @@ Flags flags_of(Booleans& mask, Booleans& resets, bool reverse) {
   return {data(mask), data(resets), reverse};
 }
 
-// Puts weights in order, a share of the panels on each thread.
-void pack(ffi::ThreadPool& pool, Cell cell, const Shape& s, bool backward,
-          const float* w_ih, const float* w_hh, const Floats& packed) {
-  const int64_t panels = loops().panels(s, backward, w_ih == nullptr);
-  // Of small weights another thread would not have woken before they are in order.
-  const bool small = packed.size() < (1 << 18);
-  const int64_t parts = small ? 1 : std::min(panels, pool.num_threads());
-  share(pool, parts, [&](int64_t part) {
-    for (int64_t p = part; p < panels; p += parts) {
-      loops().pack(cell, s, backward, w_ih, w_hh, p, packed.data());
-    }
-  });
+// Puts weights in order.
+void pack(ffi::ThreadPool& pool, int64_t hands, Cell cell, const Shape& s,
+          bool backward, const float* w_ih, const float* w_hh, const Floats& packed) {
+  const auto work = [&](int64_t panel) {
+    loops().pack(cell, s, backward, w_ih, w_hh, panel, packed.data());
+  };
+  share(pool, hands, loops().panels(s, backward, w_ih == nullptr), work, true);
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
@@ -200,15 +305,15 @@ ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
                    data(*before_c)};
   const Flags flags = flags_of(mask, resets, reverse);
   if (s.T == 1 && s.B <= kFewRows && io.gates == nullptr && !projected) {
-    share(pool, loops().step_panels(s), [&](int64_t panel) {
+    share(pool, kAll, loops().step_panels(s), [&](int64_t panel) {
       loops().step(cell, s, flags, io, data(w_ih), data(w_hh), panel);
     });
     return ffi::Error::Success();
   }
   const Floats packed(loops().packed_size(cell, s, false, projected));
-  pack(pool, cell, s, false, data(w_ih), data(w_hh), packed);
   const auto dealt = deal(s, flags.mask, pool.num_threads());
-  share(pool, dealt.size(), [&](int64_t i) {
+  pack(pool, dealt.size(), cell, s, false, data(w_ih), data(w_hh), packed);
+  share(pool, dealt.size(), dealt.size(), [&](int64_t i) {
     loops().forward(cell, s, flags, io, packed.data(), dealt[i].data(), dealt[i].size());
   });
   return ffi::Error::Success();
@@ -241,10 +346,11 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer w_ih, Buffer w_hh, Buffer xs,
                     data(*dfresh_c)};
   const Flags flags = flags_of(mask, resets, reverse);
   const Floats packed(loops().packed_size(cell, s, true, !inputs));
-  pack(pool, cell, s, true, inputs ? data(w_ih) : nullptr, data(w_hh), packed);
   const auto dealt = deal(s, flags.mask, pool.num_threads());
+  pack(pool, dealt.size(), cell, s, true, inputs ? data(w_ih) : nullptr, data(w_hh),
+       packed);
 
-  // The first thread adds to the results, the others to sums of their own, which are
+  // The first thread writes to the results, the others to sums of their own, which are
   // added in their order, so that a number of threads has one result.
   const int64_t sizes[] = {static_cast<int64_t>(dw_ih->element_count()),
                            static_cast<int64_t>(dw_hh->element_count()),
@@ -259,24 +365,23 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer w_ih, Buffer w_hh, Buffer xs,
   // Where rows are too few for the threads, they share the gradients of weights.
   const auto run = [](void* on, int64_t count, void (*work)(void*, int64_t),
                       void* self) {
-    share(*static_cast<ffi::ThreadPool*>(on), count,
+    share(*static_cast<ffi::ThreadPool*>(on), kAll, count,
           [&](int64_t i) { work(self, i); });
   };
   const bool few = static_cast<int64_t>(dealt.size()) < pool.num_threads();
   const Each each{&pool, few ? +run : nullptr};
-  share(pool, dealt.size(), [&](int64_t i) {
+  const auto work = [&](int64_t i) {
     const Sums to{sum(i, 0), sum(i, 1), sum(i, 2)};
-    std::fill_n(to.dw_ih, sizes[0], 0.0f);
-    std::fill_n(to.dw_hh, sizes[1], 0.0f);
-    std::fill_n(to.dbias, sizes[2], 0.0f);
     loops().backward(cell, s, flags, io, to, each, packed.data(), dealt[i].data(),
                      dealt[i].size());
-  });
+  };
+  share(pool, dealt.size(), dealt.size(), work, others > 0);
   if (others == 0) return ffi::Error::Success();
   constexpr int64_t kStretch = 1 << 16;
   int64_t stretches[] = {0, 0, 0};
   for (int i = 0; i < 3; ++i) stretches[i] = (sizes[i] + kStretch - 1) / kStretch;
-  share(pool, stretches[0] + stretches[1] + stretches[2], [&](int64_t stretch) {
+  const int64_t all = stretches[0] + stretches[1] + stretches[2];
+  share(pool, dealt.size(), all, [&](int64_t stretch) {
     int i = 0;
     for (; stretch >= stretches[i]; ++i) stretch -= stretches[i];
     const int64_t begin = stretch * kStretch;
@@ -293,96 +398,11 @@ ffi::Error pack_product(ffi::ThreadPool pool, Buffer weights, Result packed,
                         bool transposed) {
   const Matrix m{data(weights), weights.dimensions()[0], weights.dimensions()[1],
                  transposed};
-  share(pool, loops().product_panels(m.columns()), [&](int64_t panel) {
+  const auto work = [&](int64_t panel) {
     loops().pack_product(m, panel, data(*packed));
-  });
+  };
+  share(pool, kAll, loops().product_panels(m.columns()), work, true);
   return ffi::Error::Success();
-}
-
-// Threads for the products of a loop, which come every few microseconds: between two a
-// helper looks out for the next instead of going to sleep, for to wake it would take
-// longer than the product. The caller takes tiles from the front and helpers from the
-// back, so that a core finds most of its weights in its own cache; and a helper that
-// comes late keeps nobody waiting.
-class Team {
- public:
-  template <typename F>
-  void run(ffi::ThreadPool& pool, int64_t hands, int64_t count, const F& f) {
-    std::unique_lock<std::mutex> lock(busy_, std::defer_lock);
-    if (hands == 1 || count < 2 || count > kMost || !lock.try_lock()) {
-      for (int64_t i = 0; i < count; ++i) f(i);
-      return;
-    }
-    call_.store([](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); },
-                std::memory_order_relaxed);
-    context_.store(&f, std::memory_order_relaxed);
-    done_.store(0, std::memory_order_relaxed);
-    tiles_.store(++round_ << 32 | static_cast<uint64_t>(count));
-    for (; helpers_.load() < hands - 1; ++helpers_) {
-      pool.Schedule([this] { help(); });
-    }
-    while (take_tile(true)) continue;
-    while (done_.load(std::memory_order_acquire) < count) pause();
-  }
-
- private:
-  static constexpr int64_t kMost = (1 << 16) - 1;
-  static constexpr std::chrono::microseconds kPatience{50};
-
-  static void pause() {
-#ifdef JLSTM_X86
-    __builtin_ia32_pause();
-#else
-    std::this_thread::yield();
-#endif
-  }
-
-  // Runs a tile; returns whether there was one. A word has the number of the round, the
-  // first tile that is left and the end of those that are left, so that what is taken
-  // belongs to the round whose function was read.
-  bool take_tile(bool front) {
-    uint64_t word = tiles_.load(std::memory_order_acquire);
-    for (;;) {
-      const uint64_t first = word >> 16 & kMost, end = word & kMost;
-      if (first == end) return false;
-      const auto call = call_.load(std::memory_order_relaxed);
-      const void* context = context_.load(std::memory_order_relaxed);
-      const uint64_t rest = front ? word + (1 << 16) : word - 1;
-      if (tiles_.compare_exchange_weak(word, rest, std::memory_order_acq_rel)) {
-        call(context, front ? first : end - 1);
-        done_.fetch_add(1, std::memory_order_release);
-        return true;
-      }
-    }
-  }
-
-  void help() {
-    using Clock = std::chrono::steady_clock;
-    for (auto until = Clock::now() + kPatience; Clock::now() < until;) {
-      bool worked = false;
-      for (int i = 0; i < 16; ++i) {
-        if (take_tile(false)) {
-          worked = true;
-        } else {
-          pause();
-        }
-      }
-      if (worked) until = Clock::now() + kPatience;
-    }
-    --helpers_;
-  }
-
-  std::mutex busy_;
-  uint64_t round_ = 0;
-  std::atomic<uint64_t> tiles_{0};
-  std::atomic<void (*)(const void*, int64_t)> call_{nullptr};
-  std::atomic<const void*> context_{nullptr};
-  std::atomic<int64_t> done_{0}, helpers_{0};
-};
-
-Team& team() {
-  static Team& team = *new Team;  // its helpers may outlive static objects
-  return team;
 }
 
 // Of fewer operations one core is done before another has begun.
@@ -397,12 +417,13 @@ ffi::Error product(ffi::ThreadPool pool, Buffer rows, Buffer weights, Buffer pac
   const int64_t hands = few ? 1 : std::max<int64_t>(1, pool.num_threads() / devices);
   // Where panels are few, rows are shared too.
   const int64_t parts = panels < 4 * hands ? std::min(hands, B) : 1;
-  team().run(pool, hands, panels * parts, [&](int64_t tile) {
+  const auto work = [&](int64_t tile) {
     const int64_t panel = tile / parts, part = tile % parts;
     const int64_t first = part * B / parts, end = (part + 1) * B / parts;
     loops().product(m, data(packed), panel, data(rows) + first * m.inner(), end - first,
                     data(*out) + first * m.columns());
-  });
+  };
+  share(pool, hands, panels * parts, work, true);
   return ffi::Error::Success();
 }
 

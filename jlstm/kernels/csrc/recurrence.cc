@@ -4,6 +4,10 @@
 
 #include <cstring>
 
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace jlstm {
 namespace {
 
@@ -70,16 +74,42 @@ INLINE Vec load(const float* from) {
 INLINE void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
 // The first n lanes; the others are zero.
-INLINE Vec load(const float* from, int64_t n) {
-  if (n >= W) return load(from);
+#if defined(__AVX512F__)
+INLINE __mmask16 lanes(int64_t n) { return n > 0 ? (1 << n) - 1 : 0; }
+INLINE Vec load_lanes(const float* from, int64_t n) {
+  return Vec(_mm512_maskz_loadu_ps(lanes(n), from));
+}
+INLINE void store_lanes(float* to, Vec v, int64_t n) {
+  _mm512_mask_storeu_ps(to, lanes(n), __m512(v));
+}
+#elif defined(__AVX2__)
+INLINE __m256i lanes(int64_t n) {
+  const __m256i each = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), each);
+}
+INLINE Vec load_lanes(const float* from, int64_t n) {
+  return Vec(_mm256_maskload_ps(from, lanes(n)));
+}
+INLINE void store_lanes(float* to, Vec v, int64_t n) {
+  _mm256_maskstore_ps(to, lanes(n), __m256(v));
+}
+#else
+INLINE Vec load_lanes(const float* from, int64_t n) {
   Vec v{};
   for (int64_t i = 0; i < n; ++i) v[i] = from[i];
   return v;
 }
+INLINE void store_lanes(float* to, Vec v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = v[i];
+}
+#endif
+
+INLINE Vec load(const float* from, int64_t n) {
+  return n >= W ? load(from) : load_lanes(from, n);
+}
 
 INLINE void store(float* to, Vec v, int64_t n) {
-  if (n >= W) return store(to, v);
-  for (int64_t i = 0; i < n; ++i) to[i] = v[i];
+  n >= W ? store(to, v) : store_lanes(to, v, n);
 }
 
 // A rational function in x^2, fitted to the least relative error on [-8, 8], where tanh
@@ -168,6 +198,17 @@ INLINE Span span(int64_t H, int64_t panel) {
   return {first, (panel + 1) * all / n - first};
 }
 
+// Calls f(integral_constant<vectors>) for those of a span.
+template <typename F>
+INLINE void with_vectors(Span part, const F& f) {
+  switch (part.count) {
+    case 1: return f(Size<1>());
+    case 2: return f(Size<2>());
+    case 3: return f(Size<3>());
+    default: return f(Size<kMostVectors>());
+  }
+}
+
 // Rows at work in a step, as places in the list of a thread's rows.
 struct Active {
   Scratch<int64_t> places;
@@ -225,6 +266,9 @@ void pack_forward(const Shape& s, const float* w_ih, const float* w_hh, int64_t 
   append(w_hh, s.H);
 }
 
+// So many rows of a few steps are multiplied with the weights of the inputs at once.
+constexpr int64_t kAhead = 64;
+
 template <Cell C>
 void forward(const Shape& s, const Flags& flags, const Forward& io, const float* packed,
              const int64_t* rows, int64_t count) {
@@ -234,6 +278,7 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
   const int64_t x_size = io.projected ? G * H : s.D;
   const int64_t x_count = io.projected ? 0 : s.D;
   const bool keep = io.gates != nullptr;
+  const auto time = [&](int64_t step) { return flags.reverse ? s.T - 1 - step : step; };
 
   // The carry h of a row has two places: a step reads one and writes the other.
   const Scratch<float> hs(2 * count * padded), cs(kLstm ? count * padded : 0);
@@ -247,9 +292,49 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
   };
   for (int64_t i = 0; i < count; ++i) set(i, io.h0, io.c0);
 
+  // Where rows are few, a step then reads no weights but the recurrent ones.
+  const int64_t ahead = io.projected ? 0 : kAhead / count, width = ahead * count;
+  const Scratch<float> zs(P * width * G * W, false);  // [P, ahead, count, G, W]
+  const Scratch<const float*> found_x(width);
+  const Scratch<float*> found_z(width);
+  const auto project = [&](int64_t first) {
+    int64_t found = 0;
+    for (int64_t k = 0; k < ahead && first + k < s.T; ++k) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = rows[i] * s.T + time(first + k);
+        if (flags.mask != nullptr && !flags.mask[at]) continue;
+        found_x[found] = io.xs + at * s.D;
+        found_z[found++] = zs.at((k * count + i) * G * W);
+      }
+    }
+    for (int64_t p = 0; p < P; ++p) {
+      const float* weights = packed + p * (s.D + H) * G * W;
+      in_groups<most_rows(G)>(found, [&](int64_t start, auto size) {
+        constexpr int R = decltype(size)::value;
+        Vec acc[R][G];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+          for (int g = 0; g < G; ++g) {
+            acc[r][g] = load(io.bias + g * H + p * W, least(W, H - p * W));
+          }
+        }
+        multiply<R, G, G - 1>(found_x.at(start), weights, s.D, acc);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+          for (int g = 0; g < G; ++g) {
+            store(found_z[start + r] + (p * width * G + g) * W, acc[r][g]);
+          }
+        }
+      });
+    }
+  };
+
   Active active{Scratch<int64_t>(count)};
   for (int64_t step = 0; step < s.T; ++step) {
-    const int64_t t = flags.reverse ? s.T - 1 - step : step;
+    const int64_t t = time(step), block = ahead ? step % ahead : 0;
+    if (ahead && block == 0) project(step);
     if (flags.resets != nullptr) {
       for (int64_t i = 0; i < count; ++i) {
         if (flags.resets[rows[i] * s.T + t]) set(i, io.fresh_h, io.fresh_c);
@@ -273,9 +358,21 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
           at[r] = rows[places[r]] * s.T + t;
           x[r] = io.xs + at[r] * x_size;
           h[r] = h_at(places[r], 0);
-#pragma GCC unroll 8
-          for (int g = 0; g < G; ++g) acc[r][g] = load(io.bias + g * H + u, n);
           if (!kLstm) acc[r][3] = load(io.bias_n + u, n);
+        }
+        if (ahead) {
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+            const float* z = zs.at((p * width + block * count + places[r]) * G * W);
+#pragma GCC unroll 8
+            for (int g = 0; g < G; ++g) acc[r][g] = load(z + g * W);
+          }
+        } else {
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+            for (int g = 0; g < G; ++g) acc[r][g] = load(io.bias + g * H + u, n);
+          }
         }
         if (io.projected) {
 #pragma GCC unroll 8
@@ -283,8 +380,23 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
 #pragma GCC unroll 8
             for (int g = 0; g < G; ++g) acc[r][g] += load(x[r] + g * H + u, n);
           }
+        } else if (!ahead) {
+          multiply<R, G, G - 1>(x, w_x, x_count, acc);
         }
-        multiply<R, G, G - 1>(x, w_x, x_count, acc);
+        if (keep) {
+          // Where the next step will write.
+          const int64_t next = flags.reverse ? (t ? -1 : 0) : (t < s.T - 1 ? 1 : 0);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+            const int64_t to = at[r] + next;
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; ++g) {
+              __builtin_prefetch(io.gates + (to * 4 + g) * H + u, 1);
+            }
+            if (kLstm) __builtin_prefetch(io.before_c + to * H + u, 1);
+            __builtin_prefetch(io.ys + to * H + u, 1);
+          }
+        }
         multiply<R, G, 3>(h, w_h, H, acc);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -396,13 +508,15 @@ void pack_backward(const float* w, int64_t height, int64_t H, int64_t panel,
   const Span part = span(height, panel);
   const int64_t width = part.count * W, first = part.first * W;
   out += first * G * padded;
-  clear(out, G * padded * width);
   const int64_t n = least(width, height - first);
-  for (int64_t j = 0; j < n; ++j) {
-    for (int64_t g = 0; g < G; ++g) {
-      const float* row = w + ((first + j) * G + g) * H;
-      for (int64_t u = 0; u < H; ++u) {
-        out[((u / W * G + g) * W + u % W) * width + j] = row[u];
+  // Tile by tile, which stays in the first cache.
+  for (int64_t u = 0; u < H; u += W) {
+    for (int64_t g = 0; g < G; ++g, out += W * width) {
+      const int64_t m = least(W, H - u);
+      if (n < width || m < W) clear(out, W * width);
+      for (int64_t j = 0; j < n; ++j) {
+        const float* row = w + ((first + j) * G + g) * H + u;
+        for (int64_t i = 0; i < m; ++i) out[i * width + j] = row[i];
       }
     }
   }
@@ -426,13 +540,21 @@ INLINE void outer(const float* const* a, int64_t offset, const float* dz, int64_
   }
 }
 
-// Adds a^T dz to the columns of a gradient [height, N H] that belong to a panel.
+// Adds a^T dz to the columns of a gradient [height, N H] that belong to a panel; the
+// first product is written there.
 template <int N, int Last>
 void add_product(const float* const* a, int64_t height, const float* dz, int64_t count,
-                 int64_t u, int64_t H, float* gradient) {
+                 int64_t u, int64_t H, bool first, float* gradient) {
   const int64_t n = least(W, H - u);
   in_groups<most_rows(4)>(height, [&](int64_t start, auto size) {
     constexpr int R = decltype(size)::value;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int g = 0; g < N; ++g) {
+        __builtin_prefetch(gradient + ((start + r) * N + g) * H + u, 1);
+      }
+    }
     Vec acc[R][N] = {};
     outer<R, N, Last>(a, start, dz, count, acc);
 #pragma GCC unroll 8
@@ -440,10 +562,17 @@ void add_product(const float* const* a, int64_t height, const float* dz, int64_t
 #pragma GCC unroll 8
       for (int g = 0; g < N; ++g) {
         float* to = gradient + ((start + r) * N + g) * H + u;
-        store(to, load(to, n) + acc[r][g], n);
+        store(to, first ? acc[r][g] : load(to, n) + acc[r][g], n);
       }
     }
   });
+}
+
+// The rows of a block of steps: blocks are about equal.
+INLINE int64_t block_of(int64_t count, int64_t T) {
+  const int64_t steps = kBlock > count ? kBlock / count : 1;
+  const int64_t blocks = (T + steps - 1) / steps;
+  return (T + blocks - 1) / blocks * count;
 }
 
 template <Cell C>
@@ -452,7 +581,7 @@ class Backwards {
   Backwards(const Shape& s, const Flags& flags, const Backward& io, const Sums& to,
             const Each& each, const float* packed, const int64_t* rows, int64_t count)
       : s(s), flags(flags), io(io), to(to), each(each), packed(packed), rows(rows),
-        count(count), size(kBlock > count ? kBlock : count), source(count * s.T),
+        count(count), size(block_of(count, s.T)), source(count * s.T),
         dhs(count * padded), dcs(kLstm ? count * padded : 0), dzs(4 * padded * size, false),
         sums(4 * padded), xs(size), hs(size), active{Scratch<int64_t>(count)} {}
 
@@ -470,7 +599,8 @@ class Backwards {
       });
       if (filled + active.count > size) flush();
       gates(t);
-      for (int64_t panel = 0; panel < spans(H); ++panel) carry(panel);
+      const int64_t next = step == 0 ? t : time(step - 1);
+      for (int64_t panel = 0; panel < spans(H); ++panel) carry(panel, next);
       filled += active.count;
       if (flags.resets != nullptr) reset(t);
     }
@@ -481,7 +611,7 @@ class Backwards {
     }
     for (int64_t g = 0; g < 4; ++g) {
       const float* sum = sums.at((kLstm || g < 2 ? g : 5 - g) * padded);
-      for (int64_t u = 0; u < H; ++u) to.dbias[g * H + u] += sum[u];
+      copy(sum, H, to.dbias + g * H);
     }
   }
 
@@ -521,8 +651,8 @@ class Backwards {
   // Computes the cotangents of the gates of a step, and of the carry but for W_hh.
   void gates(int64_t t) {
     for (int64_t a = 0; a < active.count; ++a) {
-      const int64_t i = active.places[a];
-      xs[filled + a] = io.xs + (rows[i] * s.T + t) * s.D;
+      const int64_t i = active.places[a], at = rows[i] * s.T + t;
+      xs[filled + a] = io.xs + at * s.D;
       hs[filled + a] = before_h(i, t);
     }
     for (int64_t p = 0; p < P; ++p) {
@@ -576,18 +706,22 @@ class Backwards {
   }
 
   // Takes the cotangents of gates through W_hh to those of a span of the carry.
-  void carry(int64_t panel) {
+  // Meanwhile what the next step reads comes from memory.
+  void carry(int64_t panel, int64_t next) {
     const Span part = span(H, panel);
-    switch (part.count) {
-      case 1: return carry_of<1>(part);
-      case 2: return carry_of<2>(part);
-      case 3: return carry_of<3>(part);
-      default: return carry_of<4>(part);
-    }
+    with_vectors(part, [&](auto n) { carry_of<decltype(n)::value>(part, panel, next); });
+  }
+
+  void fetch(int64_t i, int64_t t, int64_t u) const {
+    const int64_t at = rows[i] * s.T + t;
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) __builtin_prefetch(io.gates + (at * 4 + g) * H + u);
+    __builtin_prefetch(io.dys + at * H + u);
+    if (kLstm) __builtin_prefetch(io.before_c + at * H + u);
   }
 
   template <int N>
-  void carry_of(Span part) {
+  void carry_of(Span part, int64_t panel, int64_t next) {
     const float* weights = packed + part.first * W * G * padded;
     in_groups<most_rows(N)>(active.count, [&](int64_t start, auto group) {
       constexpr int R = decltype(group)::value;
@@ -602,6 +736,9 @@ class Backwards {
         for (int v = 0; v < N; ++v) acc[r][v] = kLstm ? Vec{} : load(dh[r] + v * W);
       }
       for (int64_t p = 0; p < P; ++p) {
+        for (int64_t r = panel; r < R; r += spans(H)) {
+          fetch(active.places[start + r], next, p * W);
+        }
         multiply<R, N, N - 1>(dz, weights + p * G * W * N * W, G * W, acc);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) dz[r] += size * 4 * W;
@@ -628,16 +765,12 @@ class Backwards {
       for (int64_t i = 0; i < all; ++i) work(this, i);
     }
     filled = 0;
+    first = false;
   }
 
   void inputs(int64_t panel) {
     const Span part = span(s.D, panel);
-    switch (part.count) {
-      case 1: return inputs_of<1>(part);
-      case 2: return inputs_of<2>(part);
-      case 3: return inputs_of<3>(part);
-      default: return inputs_of<4>(part);
-    }
+    with_vectors(part, [&](auto n) { inputs_of<decltype(n)::value>(part); });
   }
 
   template <int N>
@@ -675,8 +808,8 @@ class Backwards {
 
   void add_weights_of(int64_t p) {
     const float* dz = dzs.at(p * size * 4 * W);
-    add_product<G, G - 1>(hs.at(0), H, dz, filled, p * W, H, to.dw_hh);
-    add_product<G, 3>(xs.at(0), s.D, dz, filled, p * W, H, to.dw_ih);
+    add_product<G, G - 1>(hs.at(0), H, dz, filled, p * W, H, first, to.dw_hh);
+    add_product<G, 3>(xs.at(0), s.D, dz, filled, p * W, H, first, to.dw_ih);
   }
 
   // Hands the cotangent of a carry that was reset to the fresh one.
@@ -707,6 +840,7 @@ class Backwards {
   const Scratch<float> dzs, sums;  // [P, size, 4, W], [4, padded]
   const Scratch<const float*> xs, hs;
   int64_t filled = 0;  // of the block
+  bool first = true;
   Active active;
 };
 
@@ -768,12 +902,9 @@ int64_t product_panels(int64_t columns) { return spans(columns); }
 void product(const Matrix& m, const float* packed, int64_t panel, const float* rows,
              int64_t count, float* out) {
   const Span part = span(m.columns(), panel);
-  switch (part.count) {
-    case 1: return product_of<1>(m, packed, part, rows, count, out);
-    case 2: return product_of<2>(m, packed, part, rows, count, out);
-    case 3: return product_of<3>(m, packed, part, rows, count, out);
-    default: return product_of<4>(m, packed, part, rows, count, out);
-  }
+  with_vectors(part, [&](auto n) {
+    product_of<decltype(n)::value>(m, packed, part, rows, count, out);
+  });
 }
 
 void run_step(Cell cell, const Shape& s, const Flags& flags, const Forward& io,

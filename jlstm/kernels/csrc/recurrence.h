@@ -53,7 +53,7 @@ struct Backward {
   float *dfresh_h, *dfresh_c;        // [B, H], written where there are resets
 };
 
-// Sums over the rows that one thread takes, to which a loop adds.
+// Sums over the rows that one thread takes.
 struct Sums {
   float *dw_ih, *dw_hh;  // [D, G H], [H, G H]
   float* dbias;          // [4 H]; of a GRU the last H are those of bias_n
