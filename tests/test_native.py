@@ -157,14 +157,19 @@ def test_single_step_equals_the_reference(case):
 
 # A process of its own: the loops are chosen once.
 LOOPS = """
+import test_cross_entropy
 import test_product
 import test_native
+from jlstm.kernels import cross_entropy
 for case in test_native.STEPS:
     test_native.check_step(*case)
 for case in test_native.CASES[2:5] + test_native.CASES[9:12]:
     test_native.check_equal(*case)
 for shape in test_product.SHAPES:
     test_product.check_product(*shape)
+cross_entropy.FEW = 0
+for size in test_cross_entropy.SIZES.values():
+    test_cross_entropy.check_cross_entropy(size, True, 0.1)
 """
 
 

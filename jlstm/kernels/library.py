@@ -15,7 +15,13 @@ from pathlib import Path
 import jax
 
 LIBRARY = Path(__file__).parent / f"_native.{sys.implementation.cache_tag}.so"
-HANDLERS = "jlstm_forward", "jlstm_backward", "jlstm_pack", "jlstm_product"
+HANDLERS = (
+    "jlstm_forward",
+    "jlstm_backward",
+    "jlstm_pack",
+    "jlstm_product",
+    "jlstm_cross_entropy",
+)
 
 
 @functools.cache

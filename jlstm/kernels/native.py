@@ -255,6 +255,13 @@ def _backward(
     size, columns = args.w_hh.shape
     # Of larger weights XLA computes the product, once all cotangents are there.
     inputs = 0 < args.w_ih.size < LARGE
+    # What a step has read can give its place to what is written later: the cotangents
+    # of outputs to those of inputs, and the gates of an LSTM to theirs.
+    aliases = {}
+    if inputs and args.xs.shape == cotangents.ys.shape:
+        aliases = {8: 0}
+    elif not inputs and not static.gru:
+        aliases = {6: 0}
     dxs, dw_ih, dw_hh, dbias, dh, dc, dfresh_h, dfresh_c = _call(
         "jlstm_backward",
         (
@@ -276,8 +283,7 @@ def _backward(
         kept.before_c,
         *cotangents,
         *flags,
-        # The gates of an LSTM can give their place to their cotangents.
-        aliases={} if static.gru or inputs else {6: 0},
+        aliases=aliases,
         inputs=inputs,
     )
     if args.w_ih.size and not inputs:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jlstm.kernels import cross_entropy
 from jlstm.train.losses import (
     Mean,
     check_labels,
@@ -40,7 +41,8 @@ def projected_cross_entropy(
 
     It is ``softmax_cross_entropy(features @ w + b, labels)``. The logits of a few steps
     at a time are made and turned into gradients at once, which of many classes takes
-    less time, and a fraction of the memory.
+    less time, and a fraction of the memory. On a CPU, in float32, where jlstm was
+    installed with its library, that is in C++.
 
     Args:
       features: ``[B, T, D]``, taken some steps at a time, or ``[..., D]``, taken whole.
@@ -78,31 +80,10 @@ def projected_cross_entropy(
         valid = jnp.ones(labels.shape, bool)
     valid = valid.reshape(valid.shape + (1,) * (labels.ndim - valid.ndim))
     valid = jnp.broadcast_to(valid, labels.shape)
+    w, b = w.astype(dtype), b.astype(dtype)
     features = jnp.where(valid[..., None], features.astype(dtype), 0)
-    steps = _steps_at_once(labels.shape, b.size)
-    blocks = tuple(_in_blocks(x, steps) for x in (features, labels, valid))
-    total = _total(label_smoothing, w.astype(dtype), b.astype(dtype), *blocks)
+    total = _total(label_smoothing, w, b, features, labels, valid)
     return Mean(total, jnp.sum(valid, dtype=jnp.int32))
-
-
-def _steps_at_once(shape: tuple[int, ...], num_classes: int) -> int:
-    """How many steps of labels ``[B, T]`` make a block; 0 takes labels whole."""
-    if len(shape) != 2 or 0 in shape:
-        return 0
-    most = max(1, BLOCK_BYTES // (4 * shape[0] * num_classes))
-    num_blocks = math.ceil(shape[1] / most)
-    return math.ceil(shape[1] / num_blocks)
-
-
-def _in_blocks(x: Array, steps: int) -> Array:
-    """Cuts ``[B, T, ...]``, padded with zeros, into ``[K, B * steps, ...]``."""
-    if not steps:
-        return x[None]
-    rows, time, *rest = x.shape
-    x = jnp.pad(x, [(0, 0), (0, -time % steps)] + [(0, 0)] * len(rest))
-    x = x.reshape(rows, -1, steps, *rest).swapaxes(0, 1)
-    # As rows: of two axes to sum over, XLA would transpose the gradient of the logits.
-    return x.reshape(x.shape[0], -1, *rest)
 
 
 def _block_total(
@@ -115,28 +96,78 @@ def _block_total(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _total(smoothing: float, w: Array, b: Array, *blocks: Array) -> Array:
-    """Sums the cross-entropy over blocks ``[K, ...]`` of features, labels and mask."""
+def _total(smoothing: float, w: Array, b: Array, features: Array, *of: Array) -> Array:
+    """Sums the cross-entropy over features ``[..., D]``, with their labels and mask."""
+    if cross_entropy.why_not(features, w) is None:
+        return cross_entropy.loss(smoothing, w, b, features, *of)
 
     def run(block: tuple[Array, ...]) -> tuple[Array, None]:
         return _block_total(smoothing, w, b, *block), None
 
-    return _over_blocks(run, blocks)[0]
+    return _over_blocks(run, _in_blocks(b.size, features, *of))[0]
 
 
 @_total.defjvp
 def _total_jvp(smoothing: float, primals: Any, tangents: Any) -> tuple[Array, Any]:
-    # The gradients are made beside the loss, while the logits of a block are at hand.
-    w, b, *blocks = primals
+    w, _, features, *_ = primals
+    library = cross_entropy.why_not(features, w) is None
+    slopes_of = _slopes_by_library if library else _slopes
+    total, *slopes = slopes_of(smoothing, *primals)
+    pairs = zip(slopes, tangents[:3], strict=True)
+    return total, sum(jnp.sum(_wide(t) * _wide(slope)) for slope, t in pairs)
+
+
+def _slopes(
+    smoothing: float, w: Array, b: Array, features: Array, *of: Array
+) -> tuple[Array, ...]:
+    """Returns the sum and its gradients by ``w``, ``b`` and the features.
+
+    The gradients are made beside the sum, while the logits of a block are at hand.
+    """
     slopes_at = jax.value_and_grad(partial(_block_total, smoothing), argnums=(0, 1, 2))
 
     def run(block: tuple[Array, ...]) -> tuple[PyTree, Array]:
         total, (dw, db, dfeatures) = slopes_at(w, b, *block)
         return (total, dw, db), dfeatures
 
-    (total, *slopes), dfeatures = _over_blocks(run, tuple(blocks))
-    pairs = zip((*slopes, dfeatures), tangents[:3], strict=True)
-    return total, sum(jnp.sum(_wide(t) * _wide(slope)) for slope, t in pairs)
+    blocks, pull = jax.vjp(lambda x: _in_blocks(b.size, x, *of)[0], features)
+    sums, dfeatures = _over_blocks(run, (blocks, *_in_blocks(b.size, *of)))
+    return *sums, *pull(dfeatures)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _slopes_by_library(smoothing: float, *args: Array) -> tuple[Array, ...]:
+    return cross_entropy.loss_and_gradients(smoothing, *args)
+
+
+@_slopes_by_library.defjvp
+def _slopes_by_library_jvp(smoothing: float, primals: Any, tangents: Any) -> Any:
+    def slopes(*parts: Array) -> tuple[Array, ...]:
+        return _slopes(smoothing, *parts, *primals[3:])
+
+    curved = jax.jvp(slopes, primals[:3], tangents[:3])[1]
+    return _slopes_by_library(smoothing, *primals), curved
+
+
+def _in_blocks(num_classes: int, *arrays: Array) -> tuple[Array, ...]:
+    """Cuts arrays ``[B, T, ...]`` into ``[K, B * steps, ...]``, padded with zeros.
+
+    Others are one block each. The last of them has the shape of the labels.
+    """
+    shape = arrays[-1].shape
+    if len(shape) != 2 or 0 in shape:
+        return tuple(x[None] for x in arrays)
+    rows, time = shape
+    most = max(1, BLOCK_BYTES // (4 * rows * num_classes))
+    steps = math.ceil(time / math.ceil(time / most))
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, -time % steps)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(rows, -1, steps, *x.shape[2:]).swapaxes(0, 1)
+        # As rows: of two axes to sum over, XLA would transpose the logits' gradient.
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    return tuple(cut(x) for x in arrays)
 
 
 def _over_blocks(

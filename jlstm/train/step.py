@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from jlstm.train.losses import Mean, average
 from jlstm.train.state import TrainState, check_alive, type_name
@@ -18,6 +20,10 @@ from jlstm.types import Array, PyTree
 Metrics = dict[str, Any]  # a Mean or a scalar each
 TrainStep = Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
 EvalStep = Callable[..., tuple[Metrics, PyTree]]
+
+
+# Gradients that the devices of a CPU sum all at once are all held twice.
+_SUMS_APART = {"xla_disable_hlo_passes": "cpu-all-reduce-combiner"}
 
 
 class Aux(NamedTuple):
@@ -100,16 +106,22 @@ def make_train_step(
         )
         return new_state, {**metrics, "grad_norm": grad_norm}
 
-    compiled = jax.jit(train_step, donate_argnums=(0,) if donate else ())
+    compile = partial(jax.jit, train_step, donate_argnums=(0,) if donate else ())
+    compiled = inner = compile()
+    if getattr(jax.config, "jax_num_cpu_devices", 1) > 1:
+        compiled = compile(compiler_options=_SUMS_APART)
     checked = False
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         nonlocal checked
         check_alive("train_step", state.step)
         if not checked and state.key is not None:
-            _warn_if_key_is_unused(compiled.trace(state, batch).jaxpr, state, batch)
+            _warn_if_key_is_unused(inner.trace(state, batch).jaxpr, state, batch)
         checked = True
-        return compiled(state, batch)
+        # A jit inside another takes no options.
+        leaves = jax.tree.leaves((state, batch))
+        traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+        return (inner if traced else compiled)(state, batch)
 
     return step
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdlib>
 #include <limits>
@@ -427,8 +428,91 @@ ffi::Error product(ffi::ThreadPool pool, Buffer rows, Buffer weights, Buffer pac
   return ffi::Error::Success();
 }
 
+// Logits of so many bytes, or of so few rows, are kept until their gradients are made.
+constexpr int64_t kLogits = 16 << 20;
+constexpr int64_t kFewLogits = 256;
+
+ffi::Error cross_entropy(ffi::ThreadPool pool, Buffer x, Buffer w, Buffer b,
+                         ffi::Buffer<ffi::S32> labels, Booleans valid, Result loss,
+                         Result dx, Result dw, Result db, float smoothing,
+                         int64_t devices, bool gradients) {
+  const int64_t N = labels.element_count(), D = w.dimensions()[0];
+  const int64_t V = w.dimensions()[1];
+  const CrossEntropy s{N,       D,       V,
+                       data(x), data(w), data(b),
+                       labels.typed_data(), valid.typed_data(), smoothing};
+  const int64_t panels = loops().product_panels(V);
+  // A number of threads has one result: each has panels of its own.
+  const int64_t parts =
+      std::max<int64_t>(1, std::min(panels, pool.num_threads() / devices));
+  const int64_t most = std::max(kFewLogits, kLogits / (4 * V));
+  const int64_t blocks = (N + most - 1) / most, size = (N + blocks - 1) / blocks;
+  const Floats z(size * (V + 16)), log_sums(size), scores(size);
+  const Floats sums(3 * parts * size), own((gradients ? parts - 1 : 0) * size * D);
+  const auto sums_of = [&](int64_t part) {
+    float* at = sums.data() + 3 * part * size;
+    return LogitSums{at, at + size, at + 2 * size, scores.data()};
+  };
+  double total = 0;
+  for (int64_t first = 0; first < N; first += size) {
+    const int64_t rows = std::min(size, N - first);
+    const auto make = [&](int64_t part) {
+      loops().logits(s, first, rows, part * panels / parts,
+                     (part + 1) * panels / parts, z.data(), sums_of(part));
+    };
+    share(pool, parts, parts, make, true);
+    for (int64_t r = 0; r < rows; ++r) {
+      double largest = sums_of(0).most[r], exponentials = 0, all = 0;
+      for (int64_t part = 1; part < parts; ++part) {
+        largest = std::max<double>(largest, sums_of(part).most[r]);
+      }
+      for (int64_t part = 0; part < parts; ++part) {
+        const LogitSums of = sums_of(part);
+        exponentials += of.exponentials[r] * std::exp(of.most[r] - largest);
+        all += of.total[r];
+      }
+      const double log_sum = largest + std::log(exponentials);
+      log_sums.data()[r] = static_cast<float>(log_sum);
+      if (!s.valid[first + r]) continue;
+      total += log_sum - (1.0 - smoothing) * scores.data()[r];
+      if (smoothing) total -= smoothing * all / V;
+    }
+    if (!gradients) continue;
+    float* const to = data(*dx) + first * D;
+    const auto turn = [&](int64_t part) {
+      loops().slopes(s, first, rows, part * panels / parts, (part + 1) * panels / parts,
+                     z.data(), log_sums.data(), first == 0,
+                     part ? own.data() + (part - 1) * size * D : to, data(*dw),
+                     data(*db));
+    };
+    share(pool, parts, parts, turn, first + size < N);
+    for (int64_t part = 1; part < parts; ++part) {
+      const float* more = own.data() + (part - 1) * size * D;
+      for (int64_t i = 0; i < rows * D; ++i) to[i] += more[i];
+    }
+  }
+  *loss->typed_data() = static_cast<float>(total);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jlstm
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_cross_entropy, jlstm::cross_entropy,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jlstm::Buffer>()  // x
+                                  .Arg<jlstm::Buffer>()  // w
+                                  .Arg<jlstm::Buffer>()  // b
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // labels
+                                  .Arg<jlstm::Booleans>()                  // valid
+                                  .Ret<jlstm::Buffer>()  // loss
+                                  .Ret<jlstm::Buffer>()  // dx
+                                  .Ret<jlstm::Buffer>()  // dw
+                                  .Ret<jlstm::Buffer>()  // db
+                                  .Attr<float>("smoothing")
+                                  .Attr<int64_t>("devices")
+                                  .Attr<bool>("gradients"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_pack, jlstm::pack_product,
                               xla::ffi::Ffi::Bind()

@@ -69,6 +69,21 @@ struct Matrix {
   int64_t columns() const { return transposed ? height : width; }
 };
 
+// The cross-entropy of the logits x W + b of valid rows.
+struct CrossEntropy {
+  int64_t N, D, V;
+  const float *x, *w, *b;  // [N, D], [D, V], [V]
+  const int32_t* labels;   // [N], in range
+  const bool* valid;       // [N]
+  float smoothing;
+};
+
+// Of the logits of some classes, for each row.
+struct LogitSums {
+  float *most, *exponentials, *total;  // the largest, sum of exp(z - largest), sum of z
+  float* scores;                       // z of the label, where it is among them
+};
+
 // Runs work(data, 0) .. work(data, count - 1), on several threads if some are free.
 struct Each {
   void* pool;
@@ -100,6 +115,15 @@ struct Loops {
   void (*pack_product)(const Matrix&, int64_t panel, float* packed);
   void (*product)(const Matrix&, const float* packed, int64_t panel, const float* rows,
                   int64_t count, float* out);
+
+  // The logits of some rows and panels of classes, kept in z [rows * V, in vectors]; and
+  // their gradients. Those of x are written, those of W and b added to after the first
+  // block of rows.
+  void (*logits)(const CrossEntropy&, int64_t first_row, int64_t rows, int64_t begin,
+                 int64_t end, float* z, const LogitSums& sums);
+  void (*slopes)(const CrossEntropy&, int64_t first_row, int64_t rows, int64_t begin,
+                 int64_t end, float* z, const float* log_sums, bool first_block,
+                 float* dx, float* dw, float* db);
 };
 
 }  // namespace jlstm
