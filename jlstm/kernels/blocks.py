@@ -27,8 +27,10 @@ def segments(time: int, size: int) -> list[Segment]:
 
 def near_divisor(time: int, size: int) -> int:
     """Picks a size near ``size`` that divides T, so that one segment is enough."""
-    near = range(max(1, (size + 1) // 2), 2 * size + 1)
-    return max((steps for steps in near if time % steps == 0), default=size)
+    if time <= size:
+        return time
+    near = [n for n in range((size + 1) // 2, 2 * size + 1) if time % n == 0]
+    return min(near, key=lambda n: max(n / size, size / n), default=size)
 
 
 def time_major(tree: PyTree) -> PyTree:

@@ -45,9 +45,9 @@ from jlstm.types import (
     zero_rows,
 )
 
-# A block has about so many rows (steps times batch), which stay in a core's cache; but
-# of large batches so many steps, since a block has a price of its own.
-ROWS, STEPS = 512, 8
+# The projected inputs of a block take about so many bytes, which stay in the caches. But
+# a block has so many steps at least, since it has a price of its own.
+BYTES, STEPS = 3 << 19, 8
 
 
 def why_not(cell: Cell, request: Request) -> str | None:
@@ -106,7 +106,7 @@ def unroll(
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Runs a gated cell over a sequence; see :func:`jlstm.kernels.scan.unroll`."""
     loop = Loop(params, carry, fresh, Steps(xs, mask, resets))
-    if not _shape(loop)[0]:
+    if not _time(loop):
         return scan.unroll(
             cell, params, xs, carry, fresh, return_carries=return_carries
         )
@@ -115,9 +115,8 @@ def unroll(
     return _run(static, *_split(loop))
 
 
-def _shape(loop: Loop) -> tuple[int, int]:
-    batch, time = jax.tree.leaves(loop.steps.xs)[0].shape[:2]
-    return time, batch
+def _time(loop: Loop) -> int:
+    return jax.tree.leaves(loop.steps.xs)[0].shape[1]
 
 
 # Integers (a step counter in the carry, token ids in xs) have no cotangent. A tree is
@@ -162,6 +161,7 @@ class Layout(NamedTuple):
     matrices: tuple[int, ...]  # the same, but summed over a block at once
     mix_reads_zx: bool
     update_cuts_zx: bool  # rather than to begin by arithmetic on all of it
+    steps: int  # of a block
     slots: tuple[int | None, ...] = ()  # where a leaf of Kept is stored, if it is
     firsts: tuple[int, ...] = ()  # the first leaf of each slot
 
@@ -235,6 +235,7 @@ def _layout(cell: Any, loop: Loop) -> Layout:
     params, step = loop.params, jax.eval_shape(partial(_first_step, cell), loop)
     leaves = jax.tree.leaves(params)
     largest = max((leaf.size for leaf in jax.tree.leaves(step.carry)), default=0)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.zx))
 
     def reads(places: list[int]) -> bool:
         def update(values: list[Array], fixed: tuple) -> PyTree:
@@ -257,6 +258,7 @@ def _layout(cell: Any, loop: Loop) -> Layout:
             lambda zx, params, step: cell.update(params, step.carry, zx, step.zh),
             (step.zx, params, step),
         ),
+        steps=near_divisor(_time(loop), max(STEPS, BYTES // max(1, size))),
     )
     names: list[int] = []
 
@@ -299,11 +301,7 @@ def _varying(fun: Callable, moving: PyTree, fixed: PyTree) -> list[bool]:
 
 
 def _segments(static: Static, loop: Loop) -> list[Segment]:
-    time, batch = _shape(loop)
-    size = static.checkpoint_every
-    if size is None:
-        size = near_divisor(time, max(STEPS, ROWS // max(1, batch)))
-    return segments(time, size)
+    return segments(_time(loop), static.checkpoint_every or static.layout.steps)
 
 
 class Place(NamedTuple):
@@ -492,7 +490,7 @@ def _forward(static: Static, loop: Loop, *, keep: bool) -> tuple:
             stored = to if whole else _put_at(stored, before, place.number)
         return (carry, stored), out
 
-    cuts, time = _segments(static, loop), _shape(loop)[0]
+    cuts, time = _segments(static, loop), _time(loop)
     (new, y), kept = _abstract_step(static, loop)
     stored = None
     if keep and whole:
