@@ -49,7 +49,8 @@ def flags(kind, batch, time):
     rng = np.random.default_rng(7)
     holes = rng.random((batch, time)) < 0.6
     ends = np.arange(time) < rng.integers(0, time + 1, batch)[:, None]
-    mask = {"": None, "lengths": ends, "mask": holes, "resets": holes}[kind]
+    masks = {"": None, "lengths": ends, "mask": holes, "resets": holes}
+    mask = masks.get(kind, np.zeros((batch, time), bool))
     resets = rng.random((batch, time)) < 0.3 if kind == "resets" else None
     return mask, resets
 
@@ -106,11 +107,13 @@ CASES = [
     (jlstm.LSTM(16), 21, 30, 4, "resets", False),  # several blocks of steps
     (jlstm.LSTM(130), 11, 3, 2, "resets", True),  # spans of unequal size
     (jlstm.LSTM(4), 600, 2, 3, "", False),  # more rows than a block
+    (jlstm.LSTM(3), 5, 4, 2, "nothing", False),  # no step at all
     (jlstm.GRU(8), 3, 5, 3, "", True),
     (jlstm.GRU(1), 1, 1, 1, "", False),
     (jlstm.GRU(37, double_bias=True), 13, 6, 5, "lengths", True),
     (jlstm.GRU(20, learned_carry=True), 9, 12, 70, "mask", False),
     (jlstm.GRU(16), 21, 30, 4, "resets", True),
+    (jlstm.GRU(3), 5, 4, 2, "nothing", True),
 ]
 
 
@@ -163,7 +166,7 @@ import test_native
 from jlstm.kernels import cross_entropy
 for case in test_native.STEPS:
     test_native.check_step(*case)
-for case in test_native.CASES[2:5] + test_native.CASES[9:12]:
+for case in test_native.CASES[2:5] + test_native.CASES[9:13]:
     test_native.check_equal(*case)
 for shape in test_product.SHAPES:
     test_product.check_product(*shape)

@@ -45,8 +45,8 @@ from jlstm.types import (
     zero_rows,
 )
 
-# The projected inputs of a block take about so many bytes, which stay in the caches. But
-# a block has so many steps at least, since it has a price of its own.
+# The projected inputs of a block take about so many bytes, which stay in the caches. It
+# has so many steps at least, since a block has a price of its own.
 BYTES, STEPS = 3 << 19, 8
 
 

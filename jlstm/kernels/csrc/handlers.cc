@@ -266,6 +266,10 @@ std::vector<std::vector<int64_t>> deal(const Shape& s, const bool* mask,
     dealt[least].push_back(row);
     total[least] += steps[row];
   }
+  // Rows without a step all go to one.
+  dealt.erase(std::remove_if(dealt.begin(), dealt.end(),
+                             [](const auto& rows) { return rows.empty(); }),
+              dealt.end());
   return dealt;
 }
 
