@@ -14,7 +14,7 @@ from cases import CELLS
 from jax.ad_checkpoint import print_saved_residuals
 
 import jlstm
-from jlstm.kernels import fused, scan
+from jlstm.kernels import fused, library, scan
 from jlstm.testing import random_like
 
 BATCH, TIME, SIZE = 2, 11, 3
@@ -143,8 +143,11 @@ def test_checkpoints_change_nothing(kernel, every, reverse):
     close(found, without_checkpoints(reverse))
 
 
-@pytest.mark.parametrize("implementation", ["fused", "scan"])
-def test_checkpoints_save_memory(implementation):
+@pytest.mark.parametrize("implementation", ["fused", "scan", "native"])
+def test_checkpoints_save_memory(implementation, monkeypatch):
+    if implementation == "native" and library.why_not() is not None:
+        pytest.skip(str(library.why_not()))
+    monkeypatch.setattr("jlstm.door.may_be_sharded", lambda: False)
     cell, xs = jlstm.LSTM(16), jnp.ones((2, 400, 4))
     params = cell.init(KEY, xs[:, 0])
 

@@ -55,7 +55,9 @@ def flags(kind, batch, time):
     return mask, resets
 
 
-def results(kernel, cell, args, cotangents, kind="", *, reverse=False, double=False):
+def results(
+    kernel, cell, args, cotangents, kind="", *, reverse=False, double=False, every=None
+):
     """Outputs, and the gradients of params, inputs, carry and fresh carry."""
     mask, resets = flags(kind, *args[1].shape[:2])
 
@@ -65,7 +67,7 @@ def results(kernel, cell, args, cotangents, kind="", *, reverse=False, double=Fa
             xs = xs if mask is None else jlstm.zero_rows(mask, xs)
             ys, carry, _ = kernel.unroll(
                 cell, params, xs, carry, fresh, mask=mask, resets=resets,
-                reverse=reverse,
+                reverse=reverse, checkpoint_every=every,
             )  # fmt: skip
             return ys, carry
 
@@ -114,6 +116,15 @@ CASES = [
     (jlstm.GRU(20, learned_carry=True), 9, 12, 70, "mask", False),
     (jlstm.GRU(16), 21, 30, 4, "resets", True),
     (jlstm.GRU(3), 5, 4, 2, "nothing", True),
+]
+
+
+EVERY = [
+    (jlstm.LSTM(4), 3, "lengths", False),
+    (jlstm.GRU(4), 3, "resets", True),
+    (jlstm.GRU(4, double_bias=True), 7, "mask", False),
+    (jlstm.LSTM(4, learned_carry=True), 2, "resets", True),
+    (jlstm.LSTM(4), 9, "", True),
 ]
 
 
@@ -191,14 +202,16 @@ def test_loops_for_other_processors_equal_the_reference(loops):
 
 
 @pytest.mark.parametrize("cell", [jlstm.LSTM(3), jlstm.GRU(3)], ids=repr)
-def test_gradient_of_a_gradient_equals_that_of_fused(cell):
+@pytest.mark.parametrize("every", [None, 3])
+def test_gradient_of_a_gradient_equals_that_of_fused(cell, every):
     (params, xs, carry, fresh), _ = arguments(cell, 3, 4, 2)
     mask, resets = flags("resets", 3, 4)
 
     def score(kernel, params, xs, carry):
         ys, carry, _ = kernel.unroll(
-            cell, params, xs, carry, fresh, mask=mask, resets=resets
-        )
+            cell, params, xs, carry, fresh, mask=mask, resets=resets,
+            checkpoint_every=every,
+        )  # fmt: skip
         return sum((leaf**2).sum() for leaf in jax.tree.leaves((ys, carry)))
 
     def penalty(kernel, *args):
@@ -247,7 +260,6 @@ def test_gradients_do_not_depend_on_what_else_runs():
             "computes in float32, got bfloat16",
         ),
         (jlstm.LSTM(3), Request(return_carries=True), "does not return carries"),
-        (jlstm.LSTM(3), Request(checkpoint_every=True), "checkpoint_every"),
         (jlstm.LSTM(3), Request(sharded=True), "several devices outside shard_map"),
     ],
 )
@@ -255,6 +267,15 @@ def test_request_that_native_cannot_meet_is_named(cell, request_, reason):
     with pytest.raises(NotImplementedError, match=f"native: .*{reason}"):
         door.choose(cell, "native", request_)
     assert door.choose(cell, None, request_) == "fused"
+
+
+@pytest.mark.parametrize(("cell", "every", "kind", "reverse"), EVERY)
+def test_checkpoints_change_nothing(cell, every, kind, reverse):
+    args, cotangents = arguments(cell, 3, 7, 2)
+    options = {"kind": kind, "reverse": reverse}
+    found = results(native, cell, args, cotangents, every=every, **options)
+    expected = results(native, cell, args, cotangents, **options)
+    check(found, expected, GRADIENT_TOLERANCE)
 
 
 def test_native_comes_first_where_it_can():

@@ -6,14 +6,15 @@ shared among XLA's own threads, which wait for each other only at the end. Maske
 cost nothing. It is for float32, and is there where a C++ compiler was found when jlstm
 was installed.
 
-A gradient reads the gates and the carries that the forward loop stored. A gradient of
-that gradient is the fused loop's.
+A gradient reads the gates and the carries that the forward loop stored, or, with
+``checkpoint_every``, computes them again block by block. A gradient of that gradient is
+the fused loop's.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from jlstm.cells.gru import GRU, GRUCarry, GRUParams
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams
 from jlstm.cells.wrappers import Lookup
 from jlstm.kernels import fused, library
+from jlstm.kernels.blocks import segments
 from jlstm.kernels.request import Request
 from jlstm.types import Array, Cell, PyTree
 
@@ -35,6 +37,8 @@ LARGE = 1 << 18
 
 def why_not(cell: Cell, request: Request) -> str | None:
     """Says why this loop cannot run a cell as asked, or ``None`` if it can."""
+    if type(cell) is Lookup and request.checkpoint_every:
+        return "would hold the projected inputs of all steps that an embedding joins"
     if type(cell) is Lookup:
         floats = {d for d in request.dtypes or () if jnp.issubdtype(d, jnp.inexact)}
         cell, request = cell.cell, request._replace(dtypes=frozenset(floats) or None)
@@ -42,6 +46,7 @@ def why_not(cell: Cell, request: Request) -> str | None:
         return f"has loops for LSTM and GRU, got {cell!r}"
     if isinstance(cell, GRU) and not cell.reset_after:
         return "has no loop for a GRU with reset_after=False"
+    request = request._replace(checkpoint_every=False)  # which is cut outside the loop
     return request.exceeds("cpu") or library.why_not()
 
 
@@ -82,11 +87,19 @@ class Kept(NamedTuple):
     before_c: Array  # [B, T, H], c before each step, of an LSTM
 
 
+class Carries(NamedTuple):
+    """What is kept instead where the steps of blocks are computed again."""
+
+    h: Array  # [K, B, H], before each block
+    c: Array
+
+
 class Static(NamedTuple):
     """What is known when a loop is traced."""
 
     gru: bool
     reverse: bool
+    checkpoint_every: int | None = None
 
 
 def unroll(
@@ -103,7 +116,7 @@ def unroll(
     checkpoint_every: int | None = None,
 ) -> tuple[Array, PyTree, None]:
     """Runs an LSTM or a GRU; see :func:`jlstm.kernels.scan.unroll`."""
-    del return_carries, checkpoint_every
+    del return_carries
     if not xs.size:
         return fused.unroll(cell, params, xs, carry, fresh, mask=mask, reverse=reverse)
     gru = isinstance(cell.cell if isinstance(cell, Lookup) else cell, GRU)
@@ -133,7 +146,7 @@ def unroll(
     )
     no_flags = jnp.zeros((0,), bool)
     flags = Flags(*(no_flags if flag is None else flag for flag in (mask, resets)))
-    out: Any = _run(Static(gru, reverse), args, flags)
+    out: Any = _run(Static(gru, reverse, checkpoint_every), args, flags)
     carry = GRUCarry(out.h) if gru else LSTMCarry(out.h, out.c)
     return out.ys, carry, None
 
@@ -146,21 +159,25 @@ def _carry(carry: PyTree, none: Array) -> tuple[Array, Array]:
 # the backward loop reads, which has no cotangent; and the gradients.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(static: Static, args: Args, flags: Flags) -> Out:
     return _forward(static, args, flags, keep=False)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run_and_keep(static: Static, args: Args, flags: Flags) -> tuple:
-    return _forward(static, args, flags, keep=True)
+    if static.checkpoint_every is None:
+        return _forward(static, args, flags, keep=True)
+    return _forward_in_blocks(static, args, flags)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gradients(
-    static: Static, args: Args, flags: Flags, kept: Kept, cotangents: Out
+    static: Static, args: Args, flags: Flags, kept: Kept | Carries, cotangents: Out
 ) -> Args:
-    return _backward(static, args, flags, kept, cotangents)
+    if isinstance(kept, Kept):
+        return _backward(static, args, flags, kept, cotangents)
+    return _backward_in_blocks(static, args, flags, kept, cotangents)
 
 
 def _run_fwd(static: Static, args: Args, flags: Flags) -> tuple:
@@ -227,6 +244,78 @@ def _reference(static: Static, args: Args, flags: Flags) -> Out:
 _run.defvjp(_run_fwd, _run_bwd)
 _run_and_keep.defvjp(_run_and_keep_fwd, _run_and_keep_bwd)
 _gradients.defvjp(_gradients_fwd, _gradients_bwd)
+
+
+# Blocks of steps, computed again for their gradients.
+
+
+def _over_blocks(
+    static: Static, time: int, run: Callable, state: Any, *, backward: bool
+) -> Any:
+    """Hands a state through ``run(state, start, steps)``, in the order of blocks."""
+    back = static.reverse != backward
+    cuts = segments(time, _size(static))
+    for start, blocks, steps in reversed(cuts) if back else cuts:
+
+        def body(state: Any, start: Array, steps: int = steps) -> tuple[Any, None]:
+            return run(state, start, steps), None
+
+        starts = start + steps * jnp.arange(blocks)
+        state, _ = jax.lax.scan(body, state, starts, reverse=back)
+    return state
+
+
+def _cut(x: Array, start: Array, steps: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, steps, 1) if x.size else x
+
+
+def _size(static: Static) -> int:
+    assert static.checkpoint_every is not None
+    return static.checkpoint_every
+
+
+def _forward_in_blocks(static: Static, args: Args, flags: Flags) -> tuple[Out, Carries]:
+    time, every = args.xs.shape[1], _size(static)
+
+    def run(state: tuple[Out, Carries], start: Array, steps: int) -> tuple:
+        before, kept = state
+        cut = partial(_cut, start=start, steps=steps)
+        now = args._replace(xs=cut(args.xs), h=before.h, c=before.c)
+        out, _ = _forward(static, now, jax.tree.map(cut, flags), keep=False)
+        ys = jax.lax.dynamic_update_slice_in_dim(before.ys, out.ys, start, 1)
+        kept = Carries(
+            kept.h.at[start // every].set(before.h),
+            kept.c.at[start // every].set(before.c),
+        )
+        return out._replace(ys=ys), kept
+
+    ys = jnp.zeros((*args.xs.shape[:2], args.w_hh.shape[0]), np.float32)
+    count = -(-time // every)
+    kept = Carries(*(jnp.zeros((count, *x.shape), x.dtype) for x in (args.h, args.c)))
+    state = Out(ys, args.h, args.c), kept
+    return _over_blocks(static, time, run, state, backward=False)
+
+
+def _backward_in_blocks(
+    static: Static, args: Args, flags: Flags, kept: Carries, cotangents: Out
+) -> Args:
+    every = _size(static)
+
+    def run(sums: Args, start: Array, steps: int) -> Args:
+        cut = partial(_cut, start=start, steps=steps)
+        number = start // every
+        now = args._replace(xs=cut(args.xs), h=kept.h[number], c=kept.c[number])
+        now_flags = jax.tree.map(cut, flags)
+        _, all_kept = _forward(static, now, now_flags, keep=True)
+        by_out = Out(cut(cotangents.ys), sums.h, sums.c)
+        new = _backward(static, now, now_flags, all_kept, by_out)
+        dxs = jax.lax.dynamic_update_slice_in_dim(sums.xs, new.xs, start, 1)
+        added = jax.tree.map(jnp.add, sums._replace(xs=()), new._replace(xs=()))
+        return added._replace(xs=dxs, h=new.h, c=new.c)
+
+    sums = jax.tree.map(jnp.zeros_like, args)
+    sums = sums._replace(h=cotangents.h, c=cotangents.c)
+    return _over_blocks(static, args.xs.shape[1], run, sums, backward=True)
 
 
 # The calls of the library.
