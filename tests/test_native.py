@@ -116,6 +116,10 @@ CASES = [
     (jlstm.GRU(20, learned_carry=True), 9, 12, 70, "mask", False),
     (jlstm.GRU(16), 21, 30, 4, "resets", True),
     (jlstm.GRU(3), 5, 4, 2, "nothing", True),
+    # As many features as hidden units: cotangents of outputs and inputs share memory.
+    (jlstm.LSTM(20), 21, 30, 20, "resets", True),
+    (jlstm.LSTM(16), 3, 40, 16, "", False),
+    (jlstm.GRU(20), 21, 30, 20, "mask", False),
 ]
 
 

@@ -304,6 +304,7 @@ def test_state_that_a_step_has_taken_is_refused():
         with pytest.raises(ValueError, match=f"^{where}: the state was donated .*$"):
             call()
     jax.jit(step)(state, make_batch(8))  # a trace has no memory to take
+    jax.jit(lambda: step(state, make_batch(8)))()
 
 
 def test_key_of_a_step_is_folded_from_the_key_and_the_step():

@@ -118,10 +118,13 @@ def make_train_step(
         if not checked and state.key is not None:
             _warn_if_key_is_unused(inner.trace(state, batch).jaxpr, state, batch)
         checked = True
-        # A jit inside another takes no options.
-        leaves = jax.tree.leaves((state, batch))
-        traced = any(isinstance(leaf, Tracer) for leaf in leaves)
-        return (inner if traced else compiled)(state, batch)
+        if compiled is not inner:
+            # A jit inside another, where all that is made is traced, takes no options;
+            # nor does one whose arguments are.
+            leaves = jax.tree.leaves((state, batch, jnp.zeros(())))
+            if any(isinstance(leaf, Tracer) for leaf in leaves):
+                return inner(state, batch)
+        return compiled(state, batch)
 
     return step
 
