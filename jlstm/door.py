@@ -508,7 +508,7 @@ def explain(
             why = f"can: {first}" if reason is None else f"cannot: {reason}"
             others.append((name, why))
     note = getattr(IMPLEMENTATIONS[chosen], "note", None)
-    return Explanation(chosen, tuple(others), note(request) if note else "")
+    return Explanation(chosen, tuple(others), note(cell, request, xs) if note else "")
 
 
 def _request(

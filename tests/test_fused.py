@@ -195,10 +195,10 @@ def layout(cell):
 @pytest.mark.parametrize(
     ("cell", "count"),
     [
-        (jlstm.LSTM(4), 7),  # i, f, g, o, tanh c; h, c
+        (jlstm.LSTM(4), 6),  # i, f, g, o; h, c
         (jlstm.GRU(4), 5),  # r, z, n, the product that r multiplies; h
         (jlstm.Elman(4), 2),  # the new h; h
-        (Peephole(4), 5),  # f, g, 1 - f, cos; the carry
+        (Peephole(4), 4),  # f, g, cos; the carry
     ],
     ids=repr,
 )

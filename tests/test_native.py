@@ -178,13 +178,17 @@ LOOPS = """
 import test_cross_entropy
 import test_product
 import test_native
-from jlstm.kernels import cross_entropy
+import test_program
+from jlstm.kernels import cross_entropy, fused, product
+product.may_be_sharded = fused.may_be_sharded = lambda: False
 for case in test_native.STEPS:
     test_native.check_step(*case)
 for case in test_native.CASES[2:5] + test_native.CASES[9:13]:
     test_native.check_equal(*case)
 for shape in test_product.SHAPES:
     test_product.check_product(*shape)
+test_program.check_operations()
+test_program.check_cell(*test_program.CASES[2])
 cross_entropy.FEW = 0
 for size in test_cross_entropy.SIZES.values():
     test_cross_entropy.check_cross_entropy(size, True, 0.1)

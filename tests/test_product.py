@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_native
+import test_program
 from cases import TOLERANCE
 
 import jlstm
-from jlstm import door
 from jlstm.bench.cases import MGU
-from jlstm.kernels import Request, fused, library, product, scan
+from jlstm.kernels import fused, library, product, program, scan
+from jlstm.kernels.graph import Unsuited
 
 pytestmark = pytest.mark.skipif(
     library.why_not() is not None, reason=str(library.why_not())
@@ -117,20 +118,28 @@ def test_other_products_are_left_to_xla(weight, x):
     np.testing.assert_array_equal(bound(x), x @ weight)
 
 
+# The loop whose steps are no programs, with their products in C++.
+
+
 CASES = [
     (MGU(5), 3, 40, 2, "", False),
     (MGU(33), 7, 6, 5, "mask", True),
-    (jlstm.LSTM(37, double_bias=True), 13, 6, 5, "lengths", False),
     (jlstm.LSTM(16), 21, 40, 4, "resets", True),  # several blocks of steps
-    (jlstm.GRU(20, learned_carry=True), 9, 12, 3, "resets", False),
     (jlstm.GRU(8, reset_after=False), 4, 5, 3, "mask", False),
-    (jlstm.Elman(70), 2, 3, 3, "", True),
 ]
+
+
+@pytest.fixture
+def no_programs(monkeypatch):
+    def bind(*_):
+        raise Unsuited("left out")
+
+    monkeypatch.setattr(program, "bind", bind)
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_fused_loop_equals_the_reference(case):
+def test_fused_loop_equals_the_reference(case, no_programs):
     cell, batch, time, size, kind, reverse = case
     args, cotangents = test_native.arguments(cell, batch, time, size)
     options = {"kind": kind, "reverse": reverse}
@@ -140,40 +149,26 @@ def test_fused_loop_equals_the_reference(case):
     test_native.check(found[1], expected[1], test_native.GRADIENT_TOLERANCE)
 
 
-def gradient(cell, params, xs, **options):
-    carry = cell.init_carry(params, xs.shape[:1])
-
-    def score(params, xs):
-        ys, carry_, carries = fused.unroll(cell, params, xs, carry, carry, **options)
-        return sum((leaf**2).sum() for leaf in jax.tree.leaves((ys, carry_, carries)))
-
-    return jax.grad(score, (0, 1))(params, xs)
-
-
-def setting(cell, *shape):
-    xs = draw(*shape)
-    return cell.init(jax.random.key(0), xs[:, 0]), xs
-
-
-def test_products_of_both_directions_run_in_the_loop():
+def test_products_of_both_directions_run_in_the_loop(no_programs):
     cell = jlstm.LSTM(4)
-    args = setting(cell, 3, 5, 2)
-    assert count(partial(gradient, cell), *args) == 2
-    every = partial(gradient, cell, checkpoint_every=2)
-    assert count(every, *args) == 5  # two segments, whose steps run twice, and the rest
+    args = test_program.setting(cell, 3, 5, 2)
+    gradient = partial(test_program.gradient, cell)
+    assert count(gradient, *args) == 2
+    every = partial(gradient, checkpoint_every=2)
+    assert count(every, *args) >= 4
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
         jax.jit(every)(*args),
-        jax.jit(partial(gradient, cell))(*args),
+        jax.jit(gradient)(*args),
     )
 
 
-def test_gradient_of_a_gradient_equals_that_of_xla(monkeypatch):
+def test_gradient_of_a_gradient_equals_that_of_xla(monkeypatch, no_programs):
     cell = MGU(3)
-    params, xs = setting(cell, 3, 4, 2)
+    params, xs = test_program.setting(cell, 3, 4, 2)
 
     def penalty(params, xs):
-        grads = gradient(cell, params, xs, return_carries=True)
+        grads = test_program.gradient(cell, params, xs, return_carries=True)
         return sum((leaf**2).sum() for leaf in jax.tree.leaves(grads))
 
     found = jax.jit(jax.grad(penalty, (0, 1)))(params, xs)
@@ -182,44 +177,12 @@ def test_gradient_of_a_gradient_equals_that_of_xla(monkeypatch):
     test_native.check(found, expected, test_native.GRADIENT_TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "over", ["rows", "params", pytest.param("both", marks=pytest.mark.slow)]
-)
-def test_map_equals_a_loop(over):
+def test_map_equals_a_loop(no_programs):
     cell = MGU(3)
-    params, xs = setting(cell, 4, 5, 2)
-    axes = (None if over == "rows" else 0, None if over == "params" else 0)
-    stack = partial(jax.tree.map, lambda leaf: np.stack([leaf, 2 * leaf]))
-    args = [
-        tree if axis is None else stack(tree)
-        for tree, axis in zip((params, xs), axes, strict=True)
-    ]
-    mapped = jax.jit(jax.vmap(partial(gradient, cell), axes))(*args)
-    one = jax.jit(partial(gradient, cell))
+    params, xs = test_program.setting(cell, 4, 5, 2)
+    gradient = partial(test_program.gradient, cell)
+    stacked = np.stack([xs, 2 * xs])
+    mapped = jax.jit(jax.vmap(gradient, (None, 0)))(params, stacked)
     for i in range(2):
-        alone = [
-            tree if axis is None else jax.tree.map(lambda leaf, i=i: leaf[i], tree)
-            for tree, axis in zip(args, axes, strict=True)
-        ]
         found = jax.tree.map(lambda leaf, i=i: leaf[i], mapped)
-        test_native.check(found, one(*alone), 1e-5)
-
-
-def test_gradients_do_not_depend_on_what_else_runs():
-    run = jax.jit(partial(gradient, MGU(64)))
-    args = setting(MGU(64), 64, 40, 64)
-    jax.tree.map(np.testing.assert_array_equal, run(*args), run(*args))
-
-
-def test_explanation_says_where_products_run(monkeypatch):
-    cell = jlstm.Elman(3)
-    monkeypatch.setattr(door, "may_be_sharded", lambda: False)
-    assert str(jlstm.explain(cell)).startswith("fused runs, its products in C++\n")
-    assert jlstm.explain(jlstm.LSTM(3)).note == ""
-    note = jlstm.explain(cell, jnp.ones((2, 3, 4), jnp.bfloat16)).note
-    assert note == "its products in XLA: these are for float32, got bfloat16"
-    monkeypatch.setattr(library, "why_not", lambda: "is left out by JLSTM_NATIVE=0")
-    note = jlstm.explain(cell).note
-    assert note == "its products in XLA: the library is left out by JLSTM_NATIVE=0"
-    assert "on a gpu" in str(product.why_not(Request(platform="gpu")))
-    assert "outside shard_map" in str(product.why_not(Request(sharded=True)))
+        test_native.check(found, jax.jit(gradient)(params, stacked[i]), 1e-5)

@@ -3,7 +3,7 @@
 A kernel is a module with ``unroll``, of the signature of
 :func:`jlstm.kernels.scan.unroll`, and ``why_not(cell, request)``, which gives the
 reason why it cannot run a cell as a :class:`Request` asks, or ``None``. It may have
-``note(request)``, for :func:`jlstm.explain`.
+``note(cell, request, xs)``, for :func:`jlstm.explain`.
 """
 
 from jlstm.kernels import cudnn, fused, native, scan

@@ -13,7 +13,8 @@ before each block, and the reverse loop runs the block once more. For a policy o
 ``jax.checkpoint`` around the call, :math:`z^x` and these carries have the names
 ``jlstm_zx`` and ``jlstm_carry``.
 
-Products of ``mix`` with weights are :mod:`jlstm.kernels.product`'s where it can.
+On a CPU the steps of a block are :mod:`jlstm.kernels.program`'s where they can be; else
+their products with weights are :mod:`jlstm.kernels.product`'s.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from jlstm.kernels import product, scan
+from jlstm.cells.wrappers import prepare
+from jlstm.kernels import library, product, program, recipes, scan
 from jlstm.kernels.blocks import Segment, near_divisor, segments, time_major
+from jlstm.kernels.graph import Unsuited
+from jlstm.kernels.recipes import Recipe
 from jlstm.kernels.request import Request, may_be_sharded
 from jlstm.types import (
     PARTS,
@@ -58,10 +63,37 @@ def why_not(cell: Cell, request: Request) -> str | None:
     return f"{cell!r} has no gated form ({', '.join(PARTS)})"
 
 
-def note(request: Request) -> str:
-    """Says where the recurrent products run."""
-    reason = product.why_not(request)
-    return "its products in C++" if reason is None else f"its products in XLA: {reason}"
+def note(cell: Cell, request: Request, xs: PyTree = None) -> str:
+    """Says where the steps run; without inputs, those of eight features are assumed."""
+    if (reason := product.why_not(request)) is not None:
+        return f"its steps in XLA: {reason}"
+    reason = _why_unsuited(cell, xs)
+    if reason is None:
+        return "its steps in C++"
+    return f"its products in C++, the rest of its steps in XLA: {reason}"
+
+
+def _why_unsuited(cell: Cell, xs: PyTree) -> str | None:
+    """Says why the steps of a cell are no program, as far as that can be known."""
+    if xs is None:
+        features = (8,) * getattr(cell, "x_ndim", 1)
+        xs = jax.ShapeDtypeStruct((2, 2, *features), np.float32)
+
+    def bind(xs: PyTree) -> None:
+        params = cell.init(jax.random.key(0), _at(xs, 0, 1))
+        params, xs = prepare(cell, params, xs)
+        carry = cell.init_carry(params, jax.tree.leaves(xs)[0].shape[:1])
+        loop = Loop(params, carry, carry, Steps(xs, None, None))
+        static = Static(cell, _layout(cell, loop), False, False, None)
+        program.bind(*_forward_step(static, loop, keep=True))
+
+    try:
+        jax.eval_shape(bind, xs)
+    except Unsuited as problem:
+        return str(problem)
+    except Exception:
+        return None  # of inputs that cannot be guessed nothing is known
+    return None
 
 
 class Steps(NamedTuple):
@@ -162,21 +194,34 @@ class Layout(NamedTuple):
     mix_reads_zx: bool
     update_cuts_zx: bool  # rather than to begin by arithmetic on all of it
     steps: int  # of a block
-    slots: tuple[int | None, ...] = ()  # where a leaf of Kept is stored, if it is
-    firsts: tuple[int, ...] = ()  # the first leaf of each slot
+    equal: tuple[int, ...] = ()  # for each leaf of Kept, the first that is the same
+    stored: tuple[int, ...] = ()  # leaves of Kept
+    made: tuple[Recipe, ...] = ()  # other leaves, from those
 
     def store(self, kept: Kept) -> list[Array]:
         """Picks the leaves to store."""
         leaves = jax.tree.leaves(kept)
-        return [leaves[i] for i in self.firsts]
+        stored = (leaves[i] for i in self.stored)
+        return [
+            leaf.astype(np.float32) if leaf.dtype == bool else leaf for leaf in stored
+        ]
 
-    def restore(self, stored: list[Array], like: Kept) -> Kept:
-        """Puts the stored leaves back; the others come from ``like``."""
+    def restore(self, stored: list[Array], like: Kept, *, whole: bool = True) -> Kept:
+        """Puts the stored leaves back; the others come from ``like``.
+
+        Unless the whole is wanted, only ``step`` counts.
+        """
         leaves, tree = jax.tree.flatten(like)
-        pairs = zip(self.slots, leaves, strict=True)
-        return tree.unflatten(
-            [leaf if slot is None else stored[slot] for slot, leaf in pairs]
-        )
+        for i, leaf in zip(self.stored, stored, strict=True):
+            leaves[i] = leaf != 0 if leaves[i].dtype == bool else leaf
+        found = set(self.stored)
+        for recipe in self.made if whole else ():
+            leaves[recipe.made] = recipe(leaves)
+            found.add(recipe.made)
+        for i, first in enumerate(self.equal):
+            if first in found:
+                leaves[i] = leaves[first]
+        return tree.unflatten(leaves)
 
 
 def _begins_by_cutting(fun: Callable, args: tuple) -> bool:
@@ -268,11 +313,24 @@ def _layout(cell: Any, loop: Loop) -> Layout:
         return kept
 
     moves = _varying(kept, step, params)
-    unique = list(dict.fromkeys(n for n, m in zip(names, moves, strict=True) if m))
-    return layout._replace(
-        slots=tuple(unique.index(name) if name in unique else None for name in names),
-        firsts=tuple(names.index(name) for name in unique),
-    )
+    equal = tuple(names.index(name) for name in names)
+    moving = [i for i in dict.fromkeys(equal) if moves[i]]
+    # The step itself is read apart from the others too.
+    size = len(jax.tree.leaves(jax.eval_shape(kept, step, params).step))
+    of_step = {i for i in equal[len(equal) - size :] if i in moving}
+
+    def arrays(step: Step, params: PyTree) -> list[Array]:
+        leaves = jax.tree.leaves(kept(step, params))
+        return [leaves[i] for i in moving]
+
+    found = recipes.find(arrays, (step, params), {moving.index(i) for i in of_step})
+    made = [
+        each._replace(made=moving[each.made], of=tuple(moving[i] for i in each.of))
+        for each in found
+    ]
+    again = {each.made for each in made}
+    stored = tuple(i for i in moving if i not in again)
+    return layout._replace(equal=equal, stored=stored, made=tuple(made))
 
 
 def _varying(fun: Callable, moving: PyTree, fixed: PyTree) -> list[bool]:
@@ -363,9 +421,9 @@ def _paste(tree: PyTree, part: PyTree, start: Any, axis: int = 0) -> PyTree:
     return jax.tree.map(paste, tree, part)
 
 
-def _at(tree: PyTree, step: Any) -> PyTree:
+def _at(tree: PyTree, step: Any, axis: int = 0) -> PyTree:
     def at(leaf: Array) -> Array:
-        return jax.lax.dynamic_index_in_dim(leaf, step, keepdims=False, **_INDEX)
+        return jax.lax.dynamic_index_in_dim(leaf, step, axis, keepdims=False, **_INDEX)
 
     return jax.tree.map(at, tree)
 
@@ -404,57 +462,105 @@ def _run(static: Static, smooth: Loop, rest: Loop) -> tuple:
     return _forward(static, join(smooth, rest), keep=False)[0]
 
 
-def _mix(cell: Any, loop: Loop) -> Callable:
-    """Binds ``mix`` to the params, once before all steps."""
+def _in_cpp(step: Callable, fixed: PyTree, steps: program.Steps) -> Any:
+    """The loop over the steps of a block in C++, if there can be one."""
+    if product.why_not(_here()) is not None:
+        return None
+    try:
+        return program.bind(step, fixed, steps)
+    except Unsuited:
+        return None
+
+
+def _here() -> Request:
+    return Request(platform=jax.default_backend(), sharded=may_be_sharded())
+
+
+def _forward_step(static: Static, loop: Loop, *, keep: bool) -> tuple:
+    """A step, what is the same for all steps, and arguments like those to come."""
+    cell, layout = static.cell, static.layout
+
+    def step(
+        fixed: tuple,
+        carry: PyTree,
+        sums: PyTree,
+        inputs: tuple,
+        _: Any,
+        mix: Any = None,
+    ) -> tuple:
+        params, fresh = fixed
+        zx, valid, reset = inputs
+        if reset is not None:
+            carry = where_rows(reset, fresh, carry)
+        zh = cell.mix(params, carry, zx) if mix is None else mix(carry, zx)
+        now, stored = Step(carry, zx, zh), ()
+        if keep:
+            (new, y), kept = _update(cell, layout, params, now)
+            stored = layout.store(kept)
+        else:
+            new, y = cell.update(params, *now)
+        if valid is not None:
+            new, y = where_rows(valid, new, carry), zero_rows(valid, y)
+        return new, sums, (y, new if static.return_carries else None), stored
+
     first = jax.eval_shape(partial(_first_step, cell), loop)
-    return product.with_weights(cell.mix, loop.params, first.carry, first.zx)
+    flags = _at((loop.steps.mask, loop.steps.resets), 0, 1)
+    example = program.Steps(loop.carry, (), (first.zx, *flags), ())
+    return step, (loop.params, loop.fresh), example
+
+
+def _forward_loop(static: Static, loop: Loop, *, keep: bool) -> Callable:
+    """Makes ``run(carry, inputs, stored, start) -> (carry, (ys, carries), stored)``.
+
+    What is stored of each step goes into the arrays ``stored``, from ``start`` on.
+    Params are bound once, before all blocks.
+    """
+    cell, layout, reverse = static.cell, static.layout, static.reverse
+    step, fixed, example = _forward_step(static, loop, keep=keep)
+    if in_cpp := _in_cpp(step, fixed, example):
+
+        def run(carry: PyTree, inputs: tuple, stored: Any, start: Any) -> tuple:
+            steps = program.Steps(carry, (), inputs, stored if keep else ())
+            carry, _, outs, stored = in_cpp(steps, start, reverse=reverse)
+            return carry, outs, stored
+
+        return run
+
+    first = jax.eval_shape(partial(_first_step, cell), loop)
+    mix = product.with_weights(cell.mix, loop.params, first.carry, first.zx)
+    ahead = layout.update_cuts_zx and not keep and jax.default_backend() == "cpu"
+
+    def body(state: tuple, inputs: tuple) -> tuple:
+        carry, stored, place = state
+        carry, _, outs, made = step(fixed, carry, (), inputs, (), mix)
+        stored = _put_at(stored, made, place) if keep else stored
+        return (carry, stored, place + (-1 if reverse else 1)), outs
+
+    def scan_steps(carry: PyTree, inputs: tuple, stored: Any, start: Any) -> tuple:
+        if reverse:
+            start = start + jax.tree.leaves(inputs)[0].shape[0] - 1
+        state = (carry, stored, jnp.asarray(start, jnp.int32))
+        scanned = _scan_ahead if ahead else jax.lax.scan
+        (carry, stored, _), outs = scanned(body, state, inputs, reverse=reverse)
+        return carry, outs, stored
+
+    return scan_steps
 
 
 def _block(
     static: Static,
-    mix: Callable,
+    run: Callable,
     loop: Loop,
     carry: PyTree,
     steps: Steps,
-    stored: list[Array] | None,
+    stored: Any,
     start: Any = 0,
 ) -> tuple:
-    """Runs the steps of a block: ``(carry, (ys, carries), stored)``.
-
-    What is stored of each step goes into the arrays ``stored``, from ``start`` on.
-    """
-    cell, params = static.cell, loop.params
-
-    def body(state: tuple, inputs: tuple) -> tuple:
-        carry, stored, place = state
-        zx, valid, reset = inputs
-        if reset is not None:
-            carry = where_rows(reset, loop.fresh, carry)
-        step = Step(carry, zx, mix(carry, zx))
-        if stored is None:
-            new, y = cell.update(params, *step)
-        else:
-            (new, y), kept = _update(cell, static.layout, params, step)
-            stored = _put_at(stored, static.layout.store(kept), place)
-        if valid is not None:
-            new, y = where_rows(valid, new, carry), zero_rows(valid, y)
-        place = place + (-1 if static.reverse else 1)
-        return (new, stored, place), (y, new if static.return_carries else None)
-
+    """Runs the steps of a block: ``(carry, (ys, carries), stored)``."""
     carry = checkpoint_name(carry, "jlstm_carry")
-    zx = checkpoint_name(_over_steps(cell.project, params, steps.xs), "jlstm_zx")
-    if static.reverse:
-        start = start + jax.tree.leaves(zx)[0].shape[0] - 1
-    cuts = static.layout.update_cuts_zx and stored is None
-    ahead = cuts and jax.default_backend() == "cpu"
-    scan_steps = _scan_ahead if ahead else jax.lax.scan
-    (carry, stored, _), outs = scan_steps(
-        body,
-        (carry, stored, jnp.asarray(start, jnp.int32)),
-        (zx, steps.mask, steps.resets),
-        reverse=static.reverse,
-    )
-    return carry, outs, stored
+    zx = _over_steps(static.cell.project, loop.params, steps.xs)
+    zx = checkpoint_name(zx, "jlstm_zx")
+    return run(carry, (zx, steps.mask, steps.resets), stored, start)
 
 
 def _scan_ahead(
@@ -479,13 +585,13 @@ def _scan_ahead(
 
 
 def _forward(static: Static, loop: Loop, *, keep: bool) -> tuple:
-    mix = _mix(static.cell, loop)
     whole = static.checkpoint_every is None
+    run = _forward_loop(static, loop, keep=keep and whole)
 
     def block(state: tuple, steps: Steps, place: Place) -> tuple:
         before, stored = state
         to = stored if whole else None
-        carry, out, to = _block(static, mix, loop, before, steps, to, place.start)
+        carry, out, to = _block(static, run, loop, before, steps, to, place.start)
         if keep:
             stored = to if whole else _put_at(stored, before, place.number)
         return (carry, stored), out
@@ -520,19 +626,24 @@ def _abstract_step(static: Static, loop: Loop) -> tuple:
 
 
 def _buffers(like: PyTree, time: int, axis: int) -> PyTree:
-    """Makes zeros like ``[B, ...]`` with an axis of time, sharded alike."""
+    """Makes arrays to be written: like ``[B, ...]``, with an axis of time."""
 
-    def buffer(leaf: Any) -> Array:
+    def buffer(leaf: Any) -> Any:
         def longer(sizes: Any, size: int | None) -> tuple:
             return (*sizes[:axis], size, *sizes[axis:])
 
-        array, sharding = jnp.zeros(longer(leaf.shape, time), leaf.dtype), leaf.sharding
+        shape, sharding = longer(leaf.shape, time), jax.typeof(leaf).sharding
+        if in_cpp:
+            return jax.ShapeDtypeStruct(shape, leaf.dtype)
+        array = jnp.zeros(shape, leaf.dtype)
         if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
             return array
         spec = PartitionSpec(*longer(sharding.spec, None))
         return jax.sharding.reshard(array, spec)
 
-    return jax.tree.map(buffer, like)
+    in_cpp = product.why_not(_here()) is None
+    buffers = jax.tree.map(buffer, like)
+    return library.memory(buffers) if in_cpp else buffers
 
 
 def _run_fwd(static: Static, smooth: Loop, rest: Loop) -> tuple:
@@ -561,25 +672,26 @@ def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
     # Of this only the structure counts, and what is made of params alone.
     first = _first_step(cell, loop)
     like = _update(cell, layout, loop.params, first)[1]
-    mix: Any = None if static.checkpoint_every is None else _mix(cell, loop)
-    pull_mix = product.with_weights(
-        partial(_pull_mix, cell),
-        loop.params,
-        first.carry,
-        first.zx,
-        smooth_leaves(first.zh),
-    )
     one_buffer: list[Any] = []  # the structure of dzx, where it is dzh
 
-    def body(cotangent: tuple, inputs: tuple) -> tuple:
-        dcarry, dfresh, dvectors = cotangent
-        stored, valid, reset, dy, dafter = inputs
+    def step(
+        fixed: tuple,
+        cotangent: PyTree,
+        dvectors: list[Array],
+        inputs: tuple,
+        stored: list[Array],
+        pull_mix: Any = None,
+    ) -> tuple:
+        params, like, first_zx = fixed
+        dcarry, dfresh = cotangent
+        valid, reset, dy, dafter = inputs
         kept = layout.restore(stored, like)
         dnew = dcarry if dafter is None else _add(dcarry, dafter)
         dout = zero_rows(valid, dnew), zero_rows(valid, dy)
         added, (dbefore, dzx, dzh) = kept.pull(dout)
-        zx = first.zx if kept.step.zx is None else kept.step.zx
+        zx = first_zx if kept.step.zx is None else kept.step.zx
         shared = _same(dzx, dzh)
+        pull_mix = pull_mix or partial(_pull_mix, cell, params)
         (through_mix, through_zx), dzh = pull_mix(kept.step.carry, zx, dzh)
         dbefore = _add(dbefore, through_mix)
         if layout.mix_reads_zx:
@@ -592,25 +704,57 @@ def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
         shared = shared and not layout.mix_reads_zx
         one_buffer[:] = [jax.tree.structure(dzx)] if shared else []
         dzx = None if one_buffer else dzx
-        cotangent = (dbefore, dfresh, _add(dvectors, added))
-        return cotangent, (dzx, dzh, dout if layout.matrices else None)
+        outs = (dzx, dzh, dout if layout.matrices else None)
+        return (dbefore, dfresh), _add(dvectors, added), outs, ()
+
+    fixed = (loop.params, like, first.zx)
+    zeros = (
+        jax.tree.map(jnp.zeros_like, smooth_leaves(loop.fresh)),
+        [_wide_zeros(leaf) for leaf in _take(loop.params, layout.vectors)],
+    )
+    flags = _at((loop.steps.mask, loop.steps.resets), 0, 1)
+    example = program.Steps(
+        (dcarry, zeros[0]),
+        zeros[1],
+        (*flags, *_at((dys, dcarries), 0, 1)),
+        _abstract_step(static, loop)[1],
+    )
+    in_cpp = _in_cpp(step, fixed, example)
+    pull_mix = None
+    if in_cpp is None:
+        shapes = (first.carry, first.zx, smooth_leaves(first.zh))
+        pull_mix = product.with_weights(partial(_pull_mix, cell), loop.params, *shapes)
+
+    def body(cotangent: tuple, inputs: tuple) -> tuple:
+        *others, stored = inputs
+        state, sums = cotangent
+        made = step(fixed, state, sums, tuple(others), stored, pull_mix)
+        return made[:2], made[2]
+
+    again: Any = None
+    if static.checkpoint_every is not None:
+        again = _forward_loop(static, loop, keep=True)
 
     def block(cotangent: tuple, part: tuple, place: Place) -> tuple:
         inner, dparams = cotangent
         steps, dys, dcarries = part
         size = jax.tree.leaves(steps.xs)[0].shape[0]
-        if static.checkpoint_every is None:
-            kept = _cut(stored, place.start, size)
-        else:
+        whole, start = stored, place.start
+        if again is not None:
             carry = _at(stored, place.number)
             to = _buffers(_abstract_step(static, loop)[1], size, 0)
-            kept = _block(static, mix, loop, carry, steps, to)[2]
-        inner, (dzx, dzh, douts) = jax.lax.scan(
-            body,
-            inner,
-            (kept, steps.mask, steps.resets, dys, dcarries),
-            reverse=not static.reverse,
-        )
+            whole, start = _block(static, again, loop, carry, steps, to)[2], 0
+        kept = whole if again is not None else _cut(stored, start, size)
+        inputs = (steps.mask, steps.resets, dys, dcarries)
+        if in_cpp is not None:
+            read = program.Steps(inner[0], inner[1], inputs, whole)
+            made = in_cpp(read, start, reverse=not static.reverse)
+            inner, outs = made[:2], made[2]
+        else:
+            inner, outs = jax.lax.scan(
+                body, inner, (*inputs, kept), reverse=not static.reverse
+            )
+        dzx, dzh, douts = outs
         if one_buffer:
             dzx = one_buffer[0].unflatten(jax.tree.leaves(dzh))
         added, dxs = _pull_parts(steps.xs, kept, (dzx, dzh, douts))
@@ -619,7 +763,7 @@ def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
     def _pull_parts(xs: PyTree, stored: list[Array], douts: tuple) -> tuple:
         """The gradients of the params and of xs, for the steps of a block at once."""
         size = jax.tree.leaves(xs)[0].shape[0]
-        step = layout.restore(stored, like).step
+        step = layout.restore(stored, like, whole=False).step
         zx = step.zx
         if zx is None:  # nothing reads it
 
@@ -648,20 +792,16 @@ def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
         dparams, dmatrices, dxs = pull(douts)
         return _add_at(dparams, layout.matrices, dmatrices, params_rest), dxs
 
-    zeros = (
-        jax.tree.map(jnp.zeros_like, smooth_leaves(loop.fresh)),
-        [_wide_zeros(leaf) for leaf in _take(loop.params, layout.vectors)],
-    )
-    cotangent = ((dcarry, *zeros), jax.tree.map(_wide_zeros, params))
+    cotangent = (((dcarry, zeros[0]), zeros[1]), jax.tree.map(_wide_zeros, params))
     cotangent, dxs = _over_blocks(
         block,
         cotangent,
         _segments(static, loop),
         (loop.steps, dys, dcarries),
-        jax.tree.map(jnp.zeros_like, smooth_leaves(loop.steps.xs)),
+        _buffers(_at(smooth_leaves(loop.steps.xs), 0, 1), _time(loop), 1),
         reverse=not static.reverse,
     )
-    (dcarry, dfresh, dvectors), dparams = cotangent
+    ((dcarry, dfresh), dvectors), dparams = cotangent
     dparams = _add_at(dparams, layout.vectors, dvectors, params_rest)
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
     return Loop(dparams, dcarry, dfresh, Steps(dxs, None, None)), None

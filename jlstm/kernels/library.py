@@ -14,12 +14,16 @@ from pathlib import Path
 
 import jax
 
+from jlstm.types import PyTree
+
 LIBRARY = Path(__file__).parent / f"_native.{sys.implementation.cache_tag}.so"
 HANDLERS = (
+    "jlstm_memory",
     "jlstm_forward",
     "jlstm_backward",
     "jlstm_pack",
     "jlstm_product",
+    "jlstm_program",
     "jlstm_cross_entropy",
 )
 
@@ -42,3 +46,13 @@ def why_not() -> str | None:
             "this one, with pip install --no-build-isolation"
         )
     return None
+
+
+def memory(like: PyTree) -> PyTree:
+    """Makes arrays of any contents, each with memory of its own.
+
+    XLA would fill equal ones with zeros once, and then copy them.
+    """
+    leaves, tree = jax.tree.flatten(like)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    return tree.unflatten(jax.ffi.ffi_call("jlstm_memory", shapes)() if shapes else [])

@@ -58,11 +58,11 @@ def with_weights(fun: Callable, params: PyTree, *args: PyTree) -> Callable:
     return lambda *args: fun(params, *args)
 
 
-_CONTRACTIONS = {(((1,), (0,)), ((), ())): False, (((1,), (1,)), ((), ())): True}
+CONTRACTIONS = {(((1,), (0,)), ((), ())): False, (((1,), (1,)), ((), ())): True}
 
 
 def _products(closed: ClosedJaxpr, weights: dict[Any, Array]) -> dict[int, Any]:
-    """Finds the equations with a product: a :class:`_Product`, or those of a call."""
+    """Finds the equations with a product: a :class:`Product`, or those of a call."""
     found: dict[int, Any] = {}
     for place, eqn in enumerate(closed.jaxpr.eqns):
         if eqn.primitive.name in ("jit", "pjit"):  # such as that of einsum
@@ -77,7 +77,7 @@ def _products(closed: ClosedJaxpr, weights: dict[Any, Array]) -> dict[int, Any]:
                 found[place] = products
         elif eqn.primitive.name == "dot_general":
             rows, weight = eqn.invars
-            transposed = _CONTRACTIONS.get(eqn.params["dimension_numbers"])
+            transposed = CONTRACTIONS.get(eqn.params["dimension_numbers"])
             avals = rows.aval, weight.aval, eqn.outvars[0].aval
             if (
                 transposed is not None
@@ -87,7 +87,7 @@ def _products(closed: ClosedJaxpr, weights: dict[Any, Array]) -> dict[int, Any]:
                 and all(aval.dtype == np.float32 for aval in avals)
                 and rows.aval.shape[0] > 1  # one row reads each weight but once
             ):
-                found[place] = _Product(weights[weight], transposed)
+                found[place] = Product(weights[weight], transposed)
     return found
 
 
@@ -102,7 +102,7 @@ def _evaluate(closed: ClosedJaxpr, products: dict[int, Any], args: list) -> list
 
     for place, eqn in enumerate(jaxpr.eqns):
         found = products.get(place)
-        if isinstance(found, _Product):
+        if isinstance(found, Product):
             rows = eqn.invars[0]
             out, values[rows] = found(read(rows))
             made = [out]
@@ -118,7 +118,7 @@ def _evaluate(closed: ClosedJaxpr, products: dict[int, Any], args: list) -> list
     return list(map(read, jaxpr.outvars))
 
 
-class _Product:
+class Product:
     """Multiplies rows by a weight, which is put in order when this is made."""
 
     def __init__(self, weight: Array, transposed: bool):

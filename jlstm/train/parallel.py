@@ -28,8 +28,8 @@ def data_parallel(loss_fn: LossFn, devices: int) -> LossFn:
     one device would draw.
 
     On a CPU, XLA splits large products over the cores but steps through a recurrence of
-    usual size on one; as many devices as cores use them all. The native loop does so by
-    itself, so that an LSTM or a GRU in float32 gains nothing here. Devices exist only
+    usual size on one; as many devices as cores use them all. The loops in C++ do so by
+    themselves, so that a gated cell in float32 gains little here. Devices exist only
     if asked for before JAX first touches one:
     ``jax.config.update("jax_num_cpu_devices", 2)``.
 

@@ -14,6 +14,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "recurrence.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -282,6 +286,20 @@ auto data(B& buffer) {
   return buffer.element_count() ? buffer.typed_data() : nullptr;
 }
 
+// Asks for large pages under memory that is about to be written: XLA gets that of a
+// large call anew each time, and to fetch it in small pages takes longer than to use it.
+void in_large_pages(void* data, size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 2 << 20;
+  if (bytes < kPage) return;
+  // What is beside it is most often of the same call.
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data) + bytes;
+  madvise(reinterpret_cast<void*>(begin), (end - begin + kPage - 1) / kPage * kPage,
+          MADV_HUGEPAGE);
+#endif
+}
+
 Flags flags_of(Booleans& mask, Booleans& resets, bool reverse) {
   return {data(mask), data(resets), reverse};
 }
@@ -309,6 +327,9 @@ ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
                    data(*ys), data(*h),       data(*c),        data(*gates),
                    data(*before_c)};
   const Flags flags = flags_of(mask, resets, reverse);
+  for (Result* result : {&ys, &gates, &before_c}) {
+    in_large_pages((**result).untyped_data(), (**result).size_bytes());
+  }
   if (s.T == 1 && s.B <= kFewRows && io.gates == nullptr && !projected) {
     share(pool, kAll, loops().step_panels(s), [&](int64_t panel) {
       loops().step(cell, s, flags, io, data(w_ih), data(w_hh), panel);
@@ -399,6 +420,18 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer w_ih, Buffer w_hh, Buffer xs,
   return ffi::Error::Success();
 }
 
+// Memory as it is, to be written by what follows.
+ffi::Error memory(ffi::RemainingRets rets) {
+  for (size_t i = 0; i < rets.size(); ++i) {
+    ffi::AnyBuffer buffer = **rets.get<ffi::AnyBuffer>(i);
+    in_large_pages(buffer.untyped_data(), buffer.size_bytes());
+  }
+  return ffi::Error::Success();
+}
+
+// Kinds of memory, as they are numbered in program.py.
+enum Kind { kInput, kKept, kState, kRows, kSame, kOut, kScratch };
+
 ffi::Error pack_product(ffi::ThreadPool pool, Buffer weights, Result packed,
                         bool transposed) {
   const Matrix m{data(weights), weights.dimensions()[0], weights.dimensions()[1],
@@ -429,6 +462,55 @@ ffi::Error product(ffi::ThreadPool pool, Buffer rows, Buffer weights, Buffer pac
                     data(*out) + first * m.columns());
   };
   share(pool, hands, panels * parts, work, true);
+  return ffi::Error::Success();
+}
+
+// Rows that run through a program together; their arrays stay in the cache.
+constexpr int64_t kProgramRows = 32;
+
+ffi::Error program(ffi::ThreadPool pool, ffi::RemainingArgs args,
+                   ffi::RemainingRets rets, ffi::Span<const int64_t> table,
+                   ffi::Span<const int64_t> links, ffi::Span<const int64_t> code,
+                   ffi::Span<const int64_t> ends, ffi::Span<const float> constants,
+                   ffi::Span<const int64_t> sizes, bool reverse, int64_t devices) {
+  const auto arg = [&](int64_t i) { return (*args.get<Buffer>(i)).typed_data(); };
+  const int64_t T = sizes[0], B = sizes[1];
+  const int64_t start = args.get<ffi::Buffer<ffi::S32>>(0)->typed_data()[0];
+  std::vector<Memory> memory;
+  for (size_t i = 0; i < table.size(); i += 3) {
+    const int64_t kind = table[i], width = table[i + 1], at = table[i + 2];
+    Memory m{nullptr, width, width, 0, nullptr};
+    if (at > 0) m.base = arg(at);
+    if (at < 0) m.base = (**rets.get<Buffer>(-1 - at)).typed_data();
+    if (kind == kSame) m.row = 0;
+    if (kind == kInput || kind == kKept || kind == kOut) m.step = B * width;
+    if (kind == kKept) m.base += start * m.step;
+    memory.push_back(m);
+  }
+  std::vector<Link> products;
+  for (size_t i = 0; i < links.size(); i += 5) {
+    const Buffer weight = *args.get<Buffer>(links[i + 3]);
+    const Matrix m{weight.typed_data(), weight.dimensions()[0], weight.dimensions()[1],
+                   links[i + 4] != 0};
+    products.push_back({links[i], links[i + 1], links[i + 2], m, arg(links[i + 3] + 1)});
+  }
+  std::vector<Instruction> instructions;
+  for (size_t i = 0; i < code.size(); i += 5) {
+    const auto at = [&](int k) { return static_cast<int32_t>(code[i + k]); };
+    instructions.push_back({at(0), at(1), at(2), at(3), at(4)});
+  }
+  const Program p{T, B, sizes[2], reverse, instructions.data(), ends.begin(),
+                  static_cast<int64_t>(ends.size()), memory.data(),
+                  static_cast<int64_t>(memory.size()), products.data(),
+                  static_cast<int64_t>(products.size()), constants.begin(),
+                  static_cast<int64_t>(constants.size()), sizes[3]};
+  const int64_t hands = std::max<int64_t>(1, pool.num_threads() / devices);
+  const int64_t each = std::max(hands, (B + kProgramRows - 1) / kProgramRows);
+  const int64_t groups = std::min(B, (each + hands - 1) / hands * hands);
+  share(pool, hands, groups, [&](int64_t group) {
+    const int64_t first = group * B / groups, end = (group + 1) * B / groups;
+    loops().program(p, first, end - first);
+  }, true);
   return ffi::Error::Success();
 }
 
@@ -534,6 +616,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_product, jlstm::product,
                                   .Ret<jlstm::Buffer>()  // out
                                   .Ret<jlstm::Buffer>()  // rows, as they are
                                   .Attr<bool>("transposed")
+                                  .Attr<int64_t>("devices"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_memory, jlstm::memory,
+                              xla::ffi::Ffi::Bind().RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_program, jlstm::program,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<xla::ffi::Span<const int64_t>>("table")
+                                  .Attr<xla::ffi::Span<const int64_t>>("links")
+                                  .Attr<xla::ffi::Span<const int64_t>>("code")
+                                  .Attr<xla::ffi::Span<const int64_t>>("ends")
+                                  .Attr<xla::ffi::Span<const float>>("constants")
+                                  .Attr<xla::ffi::Span<const int64_t>>("sizes")
+                                  .Attr<bool>("reverse")
                                   .Attr<int64_t>("devices"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_forward, jlstm::forward,

@@ -744,10 +744,15 @@ void run_backward(Cell cell, const Shape& s, const Flags& flags, const Backward&
 }
 
 }  // namespace
+}  // namespace jlstm
+
+#include "program.h"
+
+namespace jlstm {
 
 extern const Loops JLSTM_LOOPS;
 const Loops JLSTM_LOOPS = {panels,       packed_size, pack,       run_forward,
                            run_backward, step_panels, run_step,
-                           product_panels, pack_product, product, logits, slopes};
+                           product_panels, pack_product, product, run_program, logits, slopes};
 
 }  // namespace jlstm

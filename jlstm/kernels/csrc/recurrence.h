@@ -84,6 +84,37 @@ struct LogitSums {
   float* scores;                       // z of the label, where it is among them
 };
 
+// A step as a program, and the memory that it works on.
+struct Instruction {
+  int32_t op, to, a, b, c;
+};
+
+struct Memory {
+  float* base;  // null where a thread has its own, else of the first row and step
+  int64_t width, row, step;  // how far a row and a step are from the next
+  float* now;
+};
+
+struct Link {
+  int64_t phase, from, to;
+  Matrix matrix;
+  const float* packed;
+};
+
+struct Program {
+  int64_t steps, rows, unit;
+  bool reverse;
+  const Instruction* code;
+  const int64_t* ends;  // of phases
+  int64_t phases;
+  const Memory* memory;
+  int64_t places;
+  const Link* link;
+  int64_t links;
+  const float* constant;  // the first registers
+  int64_t constants, registers;
+};
+
 // Runs work(data, 0) .. work(data, count - 1), on several threads if some are free.
 struct Each {
   void* pool;
@@ -115,6 +146,9 @@ struct Loops {
   void (*pack_product)(const Matrix&, int64_t panel, float* packed);
   void (*product)(const Matrix&, const float* packed, int64_t panel, const float* rows,
                   int64_t count, float* out);
+
+  // All steps of a program, for some rows.
+  void (*program)(const Program&, int64_t first, int64_t rows);
 
   // The logits of some rows and panels of classes, kept in z [rows * V, in vectors]; and
   // their gradients. Those of x are written, those of W and b added to after the first

@@ -1,0 +1,206 @@
+// Steps of a recurrence as a program of vector instructions; see program.py, which makes
+// it. A phase runs over the rows of a thread, a chunk of vectors at a time; products come
+// between phases.
+#pragma once
+
+#include <cmath>
+
+#include "vectors.h"
+
+namespace jlstm {
+namespace {
+
+// As they are numbered in program.py.
+enum Op : int32_t {
+  kLoad, kSplat, kStore, kAdd, kSub, kMul, kDiv, kMax, kMin, kMulAdd, kMulSub, kSubMul,
+  kNeg, kAbs, kSign, kSqrt, kExp, kTanh, kLogistic, kLog, kLog1p, kExpm1, kErf,
+  kGreater, kGreaterEqual, kEqual, kNotEqual, kWhere
+};
+
+// So many vectors go through an instruction at once.
+constexpr int kChunk = W == 16 ? 8 : 16;
+
+typedef int32_t Bits __attribute__((vector_size(W * sizeof(int32_t))));
+
+INLINE Bits bits(Vec v) {
+  Bits b;
+  std::memcpy(&b, &v, sizeof b);
+  return b;
+}
+
+INLINE Vec floats(Bits b) {
+  Vec v;
+  std::memcpy(&v, &b, sizeof v);
+  return v;
+}
+
+// 1 or 0 in each lane.
+INLINE Vec truth(Bits b) { return floats(b & bits(Vec{} + 1.0f)); }
+
+// In each lane, zeros with their sign.
+INLINE Vec spread(float x) { return (Vec{} + 1.0f) * x; }
+
+template <typename F>
+INLINE Vec by_lane(Vec v, const F& f) {
+  for (int64_t i = 0; i < W; ++i) v[i] = f(v[i]);
+  return v;
+}
+
+// Where the vectors of a chunk are: rows of the thread, and vectors of a unit.
+struct Chunk {
+  int64_t rows[kChunk], lanes[kChunk], left[kChunk];
+  int count;
+};
+
+template <bool Dense>
+void run_instructions(const Instruction* code, int64_t count, const Chunk& at,
+                      const Memory* memory, int64_t unit, Vec (*registers)[kChunk]) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Instruction& op = code[i];
+    if (op.op == kStore) {
+      const Memory& to = memory[op.a];
+      const Vec* from = registers[op.to];
+      float* base = to.now + op.b * unit;
+      if (Dense) {
+        float* first = base + at.rows[0] * to.row + at.lanes[0];
+        for (int c = 0; c < kChunk; ++c) store(first + c * W, from[c]);
+      } else if (to.width == 1) {
+        for (int c = 0; c < at.count; ++c) {
+          if (at.lanes[c] == 0) base[at.rows[c] * to.row] = from[c][0];
+        }
+      } else {
+        for (int c = 0; c < at.count; ++c) {
+          store(base + at.rows[c] * to.row + at.lanes[c], from[c], at.left[c]);
+        }
+      }
+      continue;
+    }
+    Vec* to = registers[op.to];
+    const Vec *a = nullptr, *b = nullptr, *x = nullptr;
+    if (op.op > kStore) a = registers[op.a], b = registers[op.b], x = registers[op.c];
+#define EACH(expression)                                        \
+  {                                                             \
+    _Pragma("GCC unroll 16") for (int c = 0; c < kChunk; ++c) { \
+      to[c] = expression;                                       \
+    }                                                           \
+    break;                                                      \
+  }
+    switch (op.op) {
+      case kLoad: {
+        const Memory& from = memory[op.a];
+        const float* base = from.now + op.b * unit;
+        if (Dense) {
+          const float* first = base + at.rows[0] * from.row + at.lanes[0];
+          for (int c = 0; c < kChunk; ++c) to[c] = load(first + c * W);
+          break;
+        }
+        for (int c = 0; c < at.count; ++c) {
+          to[c] = load(base + at.rows[c] * from.row + at.lanes[c], at.left[c]);
+        }
+        break;
+      }
+      case kSplat: {
+        const Memory& from = memory[op.a];
+        if (Dense) EACH(spread(from.now[at.rows[0] * from.row]))
+        for (int c = 0; c < at.count; ++c) to[c] = spread(from.now[at.rows[c] * from.row]);
+        break;
+      }
+      case kAdd: EACH(a[c] + b[c])
+      case kSub: EACH(a[c] - b[c])
+      case kMul: EACH(a[c] * b[c])
+      case kDiv: EACH(a[c] / b[c])
+      case kMax: EACH((a[c] > b[c]) | (a[c] != a[c]) ? a[c] : b[c])
+      case kMin: EACH((a[c] < b[c]) | (a[c] != a[c]) ? a[c] : b[c])
+      case kMulAdd: EACH(a[c] * b[c] + x[c])
+      case kMulSub: EACH(a[c] * b[c] - x[c])
+      case kSubMul: EACH(x[c] - a[c] * b[c])
+      case kNeg: EACH(-a[c])
+      case kAbs: EACH(floats(bits(a[c]) & 0x7fffffff))
+      case kSign: EACH(a[c] == a[c] ? truth(a[c] > 0.0f) - truth(a[c] < 0.0f) : a[c])
+      case kSqrt: EACH(by_lane(a[c], [](float v) { return __builtin_sqrtf(v); }))
+      case kExp: EACH(exp(a[c]))
+      case kTanh: EACH(tanh(a[c]))
+      case kLogistic: EACH(sigmoid(a[c]))
+      case kLog: EACH(by_lane(a[c], [](float v) { return __builtin_logf(v); }))
+      case kLog1p: EACH(by_lane(a[c], [](float v) { return __builtin_log1pf(v); }))
+      case kExpm1: EACH(by_lane(a[c], [](float v) { return __builtin_expm1f(v); }))
+      case kErf: EACH(by_lane(a[c], [](float v) { return __builtin_erff(v); }))
+      case kGreater: EACH(truth(a[c] > b[c]))
+      case kGreaterEqual: EACH(truth(a[c] >= b[c]))
+      case kEqual: EACH(truth(a[c] == b[c]))
+      case kNotEqual: EACH(truth(a[c] != b[c]))
+      case kWhere: EACH(x[c] != 0.0f ? a[c] : b[c])
+      default: break;
+    }
+#undef EACH
+  }
+}
+
+// Runs a phase over so many rows.
+void run_phase(const Instruction* code, int64_t count, const Memory* memory,
+               int64_t rows, int64_t unit, Vec (*registers)[kChunk]) {
+  const int64_t P = vectors(unit), all = rows * P;
+  Chunk at{};
+  int64_t row = 0, vector = 0;
+  for (int64_t first = 0; first < all; first += kChunk) {
+    at.count = static_cast<int>(least<int64_t>(kChunk, all - first));
+    for (int c = 0; c < at.count; ++c) {
+      at.rows[c] = row;
+      at.lanes[c] = vector * W;
+      at.left[c] = unit - vector * W;
+      if (++vector == P) ++row, vector = 0;
+    }
+    const bool dense = at.count == kChunk && at.rows[0] == at.rows[kChunk - 1] &&
+                       at.left[kChunk - 1] >= W;
+    (dense ? run_instructions<true> : run_instructions<false>)(code, count, at, memory,
+                                                               unit, registers);
+  }
+}
+
+void run_program(const Program& p, int64_t first, int64_t rows) {
+  Scratch<Memory> memory(p.places);
+  int64_t floats = 0;
+  for (int64_t i = 0; i < p.places; ++i) {
+    if (p.memory[i].base == nullptr) floats += (rows * p.memory[i].width + 15) / 16 * 16;
+  }
+  const Scratch<float> scratch(floats, false);
+  float* free = scratch.at(0);
+  for (int64_t i = 0; i < p.places; ++i) {
+    Memory m = p.memory[i];
+    if (m.base == nullptr) {
+      m.base = free;
+      free += (rows * m.width + 15) / 16 * 16;
+    } else {
+      m.base += first * m.row;
+    }
+    memory[i] = m;
+  }
+  const Scratch<Vec[kChunk]> registers(p.registers, false);
+  for (int64_t i = 0; i < p.constants; ++i) {
+    for (int c = 0; c < kChunk; ++c) registers[i][c] = spread(p.constant[i]);
+  }
+  for (int64_t step = 0; step < p.steps; ++step) {
+    const int64_t t = p.reverse ? p.steps - 1 - step : step;
+    for (int64_t i = 0; i < p.places; ++i) memory[i].now = memory[i].base + t * memory[i].step;
+    for (int64_t phase = 0, begin = 0; phase < p.phases; ++phase) {
+      run_phase(p.code + begin, p.ends[phase] - begin, memory.at(0), rows, p.unit,
+                registers.at(0));
+      begin = p.ends[phase];
+      for (int64_t i = 0; i < p.links; ++i) {
+        const Link& link = p.link[i];
+        if (link.phase != phase) continue;
+        for (int64_t panel = 0; panel < spans(link.matrix.columns()); ++panel) {
+          const Span part = span(link.matrix.columns(), panel);
+          with_vectors(part, [&](auto n) {
+            product_of<decltype(n)::value>(link.matrix, link.packed, part,
+                                           memory[link.from].now, rows,
+                                           memory[link.to].now);
+          });
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace jlstm

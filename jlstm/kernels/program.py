@@ -1,0 +1,438 @@
+r"""A loop over steps whose rows do not depend on each other, in C++.
+
+The step is any function of JAX whose arithmetic goes element by element, beside
+products of rows with weights. It is traced once, and becomes a program: instructions
+for vectors, in phases, between which products are computed. A thread takes all steps
+with its rows and waits for nobody.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlstm.kernels.graph import (
+    Graph,
+    Link,
+    Row,
+    Sum,
+    Unsuited,
+    common_width,
+    outer,
+    read,
+)
+from jlstm.kernels.product import Product
+from jlstm.types import Array, PyTree
+
+# In the order of csrc/program.h.
+OPERATIONS = (
+    *("load", "splat", "store", "add", "sub", "mul", "div", "max", "min"),
+    *("muladd", "mulsub", "submul"),  # a b + c, a b - c, c - a b
+    *("neg", "abs", "sign", "sqrt", "exp", "tanh", "logistic"),
+    *("log", "log1p", "expm1", "erf", "gt", "ge", "eq", "ne"),
+    "where",  # a where c, else b
+)
+KINDS = ("input", "kept", "state", "rows", "same", "out", "scratch")
+REGISTERS, INSTRUCTIONS = 64, 1024
+
+
+class Steps(NamedTuple):
+    """What steps read and return, beside what is the same for all."""
+
+    state: PyTree  # [B, ...], handed on
+    sums: PyTree  # [...], to which a step adds sums over the rows
+    inputs: PyTree  # of a step [B, ...], of a loop [T, B, ...]
+    kept: PyTree  # the same, but a loop has part of a longer array
+
+
+def bind(step: Callable, fixed: PyTree, steps: Steps) -> Callable:
+    """Makes ``loop(steps, start, reverse=...) -> (state, sums, outs, kept)``.
+
+    Args:
+      step: ``(fixed, *steps) -> (state, sums, outs, kept)``. It reads ``kept`` or
+        returns it; a loop reads or writes it from ``start`` on.
+      fixed: what is the same for all steps: params, and arrays ``[B, ...]``.
+      steps: those of one step; only shapes and dtypes count.
+
+    Raises:
+      Unsuited: naming what the step does that a program cannot.
+    """
+    closed, shapes = jax.make_jaxpr(step, return_shape=True)(fixed, *steps)
+    given = [jax.tree.leaves(tree) for tree in steps]
+    jaxpr = closed.jaxpr
+    fixed_leaves = jax.tree.leaves(fixed)
+    if not given[0] or not given[0][0].size:
+        raise Unsuited("it has no state")
+    moving = set(jaxpr.invars[len(fixed_leaves) :])
+    graph = Graph(given[0][0].shape[0], common_width(jaxpr, moving) or 1)
+    args: list[Any] = [*map(outer, fixed_leaves)]
+    places: list[list[int]] = []
+    for kind, leaves in zip(("state", "state", "input", "kept"), given, strict=True):
+        summed = len(places) == 1
+        lead = (graph.batch,) if summed else ()
+        places.append(
+            [graph.place(kind, lead + leaf.shape, leaf.dtype) for leaf in leaves]
+        )
+        for place, leaf in zip(places[-1], leaves, strict=True):
+            row = graph.load(place)
+            args.append(Sum(row, leaf.shape) if summed else row)
+    results = read(graph, jaxpr, closed.consts, args)
+
+    new = [jax.tree.leaves(tree) for tree in shapes]
+    outs = [graph.place("out", leaf.shape, leaf.dtype) for leaf in new[2]]
+    written = [graph.place("kept", leaf.shape, np.float32) for leaf in new[3]]
+    stores = []
+    targets = [*places[0], *places[1], *outs, *written]
+    for place, result in zip(targets, results, strict=True):
+        row = result.row if isinstance(result, Sum) else result
+        stores.append((place, graph.row(row, graph.places[place].width)))
+    program = _Program(graph, stores)
+    return _Loop(step, fixed, shapes, program, writes=bool(new[3]))
+
+
+def plain(
+    step: Callable,
+    fixed: PyTree,
+    steps: Steps,
+    start: Array,
+    *,
+    reverse: bool,
+    writes: bool,
+) -> tuple:
+    """The same loop by XLA, for its derivatives."""
+
+    def body(carry: tuple, inputs: PyTree) -> tuple:
+        state, sums, kept, place = carry
+
+        def at(leaf: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(leaf, place, keepdims=False)
+
+        def put(leaf: Array, part: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(leaf, part, place, 0)
+
+        now = () if writes else jax.tree.map(at, kept)
+        state, sums, outs, made = step(fixed, state, sums, inputs, now)
+        kept = jax.tree.map(put, kept, made) if writes else kept
+        return (state, sums, kept, place + (-1 if reverse else 1)), outs
+
+    if reverse:
+        start = start + _time(steps) - 1
+    carry = (steps.state, steps.sums, steps.kept, start)
+    carry, outs = jax.lax.scan(body, carry, steps.inputs, reverse=reverse)
+    return carry[0], carry[1], outs, carry[2]
+
+
+def _time(steps: Steps) -> int:
+    return jax.tree.leaves(steps.inputs)[0].shape[0]
+
+
+# From a graph to instructions.
+
+
+class _Instruction(NamedTuple):
+    operation: str
+    result: int | None  # a node
+    where: tuple[int, ...]  # a place and a column
+    args: tuple[int, ...]  # nodes
+
+
+class _Store(NamedTuple):
+    place: int
+    column: int
+    node: int
+
+
+class _Program:
+    """Instructions in phases, and the products after each phase."""
+
+    def __init__(self, graph: Graph, stores: list[tuple[int, Row]]):
+        self.graph = graph
+        self.links: list[tuple[int, int, Link]] = []  # phase, place of the rows
+        # Nodes come after their arguments, and what a product makes after its rows.
+        by_place = {link.place: link for link in graph.links}
+        self._levels: list[int] = []  # the phase in which a node can be computed
+        for op, *args in list(graph.nodes):
+            level = 0
+            if op in ("load", "splat") and args[0] in by_place:
+                level = 1 + self._phase_of(by_place[args[0]].row)
+            elif op not in ("load", "splat", "const"):
+                level = max(self._levels[arg] for arg in args)
+            self._levels.append(level)
+        needed = {node for _, row in stores for node in row.columns}
+        stores = list(stores)
+        for node in reversed(range(len(self._levels))):
+            op, *args = graph.nodes[node]
+            if node not in needed:
+                continue
+            if op not in ("load", "splat", "const"):
+                needed.update(args)
+            elif op != "const" and (link := by_place.pop(args[0], None)):
+                needed.update(link.row.columns)
+                place = self._memory(link.row)
+                if place is None:
+                    shape = (graph.batch, link.row.width)
+                    place = graph.place("scratch", shape, np.float32)
+                    stores.append((place, link.row))
+                self.links.append((self._phase_of(link.row), place, link))
+        last = max((self._levels[node] for node in needed), default=0)
+        phases: list[list[_Store]] = [[] for _ in range(last + 1)]
+        for place, row in stores:
+            self._place_stores(place, row, phases)
+        self._order(phases)
+
+    def _phase_of(self, row: Row) -> int:
+        return max(self._levels[node] for node in row.columns)
+
+    def _memory(self, row: Row) -> int | None:
+        """The place that has a row as it is."""
+        op, place, *_ = self.graph.nodes[row.columns[0]]
+        if op not in ("load", "splat") or self.graph.places[place].kind == "same":
+            return None
+        return place if self.graph.load(place) == row else None
+
+    def _place_stores(self, place: int, row: Row, phases: list[list[_Store]]) -> None:
+        nodes, kind = self.graph.nodes, self.graph.places[place].kind
+        for i in range(self.graph.count(self.graph.places[place].width)):
+            node = row.column(i)
+            op, *args = nodes[node]
+            if op in ("load", "splat") and args == [place, i]:
+                continue  # a state that stays as it is
+            # Other phases may still read a state; and what is but moved can wait for
+            # the phase that reads it anyway.
+            moved = op in ("load", "splat") and kind != "scratch"
+            late = moved or kind == "state"
+            number = len(phases) - 1 if late else self._levels[node]
+            phases[number].append(_Store(place, i, node))
+
+    def _order(self, phases: list[list[_Store]]) -> None:
+        """Orders the instructions of phases, and gives registers to their results."""
+        self._spilled: dict[int, int] = {}  # what later phases read, and its places
+        self._constants: dict[int, int] = {}  # their registers
+        orders: list[list[_Instruction]] = [[] for _ in phases]
+        for number in reversed(range(len(phases))):
+            seen: set[int] = set()
+            states: list[_Instruction] = []
+            for place, column, node in phases[number]:
+                self._visit(node, number, phases, orders[number], seen)
+                store = _Instruction("store", None, (place, column), (node,))
+                last = self.graph.places[place].kind == "state"
+                (states if last else orders[number]).append(store)
+            orders[number] += states  # once nothing reads the old ones
+        self.constants = [self.graph.nodes[node][1] for node in self._constants]
+        self.registers = len(self.constants)
+        self.code: list[tuple[int, ...]] = []
+        self.ends: list[int] = []
+        for order in orders:
+            self._emit(_fuse(order))
+            self.ends.append(len(self.code))
+        if self.registers > REGISTERS:
+            raise Unsuited(f"it needs {self.registers} vectors at once")
+        if len(self.code) > INSTRUCTIONS:
+            raise Unsuited(f"it takes {len(self.code)} instructions")
+
+    def _visit(
+        self,
+        node: int,
+        number: int,
+        phases: list[list[_Store]],
+        order: list[_Instruction],
+        seen: set[int],
+    ) -> None:
+        """Adds what computes a node in a phase, after what that reads."""
+        stack = [(node, False)]
+        while stack:
+            node, ready = stack.pop()
+            op, *args = self.graph.nodes[node]
+            if ready:
+                order.append(_Instruction(op, node, (), tuple(args)))
+            if ready or node in seen:
+                continue
+            seen.add(node)
+            if op == "const":
+                self._constants.setdefault(node, len(self._constants))
+            elif op in ("load", "splat"):
+                order.append(_Instruction(op, node, tuple(args), ()))
+            elif (level := self._levels[node]) < number:
+                if node not in self._spilled:
+                    shape = (self.graph.batch, self.graph.unit)
+                    place = self.graph.place("scratch", shape, np.float32)
+                    phases[level].append(_Store(place, 0, node))
+                    self._spilled[node] = place
+                where = (self._spilled[node], 0)
+                order.append(_Instruction("load", node, where, ()))
+            else:
+                stack.append((node, True))
+                stack += [(arg, False) for arg in reversed(args)]
+
+    def _emit(self, order: list[_Instruction]) -> None:
+        last = {arg: i for i, item in enumerate(order) for arg in item.args}
+        registers, free = dict(self._constants), []
+        count = len(self._constants)
+        for i, (op, result, where, args) in enumerate(order):
+            given = [registers[arg] for arg in args]
+            for arg in dict.fromkeys(args):
+                if last[arg] == i and arg not in self._constants:
+                    free.append(registers[arg])
+            if result is None:
+                to, given = given[0], []
+            else:
+                if not free:
+                    free, count = [count], count + 1
+                to = registers[result] = free.pop()
+            code = OPERATIONS.index(op)
+            self.code.append((code, to, *[*where, *given, 0, 0, 0][:3]))
+        self.registers = max(self.registers, count)
+
+
+def _fuse(order: list[_Instruction]) -> list[_Instruction]:
+    """Joins a product that is read once to the sum or difference that reads it."""
+    made = {item.result: item for item in order}
+    uses: dict[int, int] = {}
+    for item in order:
+        for arg in item.args:
+            uses[arg] = uses.get(arg, 0) + 1
+    joined: set[int | None] = set()
+    fused = []
+    for item in order:
+        names = {"add": ("muladd", "muladd"), "sub": ("mulsub", "submul")}
+        for name, arg, other in zip(
+            names.get(item.operation, ()), item.args, item.args[::-1], strict=False
+        ):
+            source = made.get(arg)
+            if source and source.operation == "mul" and uses[arg] == 1:
+                item = item._replace(operation=name, args=(*source.args, other))
+                joined.add(arg)
+                break
+        fused.append(item)
+    return [item for item in fused if item.result not in joined]
+
+
+# The loop.
+
+
+class _Loop:
+    """A program, bound to what is the same for all steps."""
+
+    def __init__(
+        self,
+        step: Callable,
+        fixed: PyTree,
+        shapes: tuple,
+        program: _Program,
+        *,
+        writes: bool,
+    ):
+        self.program, self.shapes, self.writes = program, shapes, writes
+        self.fixed = fixed
+        # What each place of the kinds rows and same has.
+        places = program.graph.places
+        same = [place.value for place in places if place.kind in ("rows", "same")]
+        # In order as they are read in loops.
+        weights = [
+            Product(jax.lax.stop_gradient(link.weight), link.transposed)
+            for _, _, link in program.links
+        ]
+        self.bound = (same, [(product.weight, product.packed) for product in weights])
+
+        @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+        def run(
+            reverse: bool, fixed: PyTree, bound: tuple, steps: Steps, start: Array
+        ) -> tuple:
+            del fixed
+            return self._call(reverse, bound, steps, start)
+
+        @run.defjvp
+        def _(reverse: bool, primals: tuple, tangents: tuple) -> tuple:
+            def again(fixed: PyTree, steps: Steps, start: Array) -> tuple:
+                return plain(step, fixed, steps, start, reverse=reverse, writes=writes)
+
+            fixed, _, *rest = primals
+            return jax.jvp(again, (fixed, *rest), (tangents[0], *tangents[2:]))
+
+        self._run: Any = run
+
+    def __call__(self, steps: Steps, start: Any, *, reverse: bool) -> tuple:
+        """Runs the steps; see :func:`bind`."""
+        start = jnp.asarray(start, jnp.int32)
+        return self._run(reverse, self.fixed, self.bound, steps, start)
+
+    def _call(self, reverse: bool, bound: tuple, steps: Steps, start: Array) -> tuple:
+        same, weights = bound
+        program, graph, time = self.program, self.program.graph, _time(steps)
+        given = {kind: list[Any]() for kind in KINDS}
+        for kind, tree in zip(("input", "kept"), steps[2:], strict=True):
+            given[kind] = jax.tree.leaves(tree)
+        states, sums = (jax.tree.leaves(tree) for tree in steps[:2])
+        zeros = [jnp.zeros((graph.batch, *leaf.shape), np.float32) for leaf in sums]
+        given["state"] = [*states, *zeros]
+        values = iter(same)
+        operands: list[Any] = [start]
+        results: list[jax.ShapeDtypeStruct] = []
+        aliases: dict[int, int] = {}
+        made_at = {kind: list[int]() for kind in ("state", "kept", "out")}
+        table: list[tuple[int, int, int]] = []
+        taken = {kind: iter(leaves) for kind, leaves in given.items()}
+        for place in graph.places:
+            kind, buffer = place.kind, 0
+            if kind in ("rows", "same"):
+                operands.append(jnp.asarray(next(values), np.float32))
+                buffer = len(operands) - 1
+            elif kind not in ("out", "scratch"):
+                operands.append(next(taken[kind]).astype(np.float32))
+                buffer = len(operands) - 1
+            if kind in ("state", "out") or (kind == "kept" and self.writes):
+                shape = (time, graph.batch, place.width)
+                if kind != "out":
+                    aliases[buffer] = len(results)
+                    shape = operands[buffer].shape
+                made_at[kind].append(len(results))
+                results.append(jax.ShapeDtypeStruct(shape, np.float32))
+                buffer = -len(results)
+            table.append((KINDS.index(kind), place.width, buffer))
+        links = []
+        for (phase, left, link), pair in zip(program.links, weights, strict=True):
+            links.append((phase, left, link.place, len(operands), link.transposed))
+            operands += pair
+        made = jax.ffi.ffi_call(
+            "jlstm_program",
+            results,
+            vmap_method="sequential",
+            input_output_aliases=aliases,
+        )(
+            *operands,
+            table=_integers(table),
+            links=_integers(links),
+            code=_integers(program.code),
+            ends=_integers(program.ends),
+            constants=np.array(program.constants, np.float32),
+            sizes=_integers([time, graph.batch, graph.unit, program.registers]),
+            reverse=reverse,
+            # The devices of a CPU have one pool of threads.
+            devices=np.int64(jax.local_device_count("cpu")),
+        )
+        ends = [made[i] for i in made_at["state"]]
+        added = [
+            a + wide.sum(0) for a, wide in zip(sums, ends[len(states) :], strict=True)
+        ]
+        outs = [
+            made[i].reshape(time, *like.shape).astype(like.dtype)
+            for i, like in zip(
+                made_at["out"], jax.tree.leaves(self.shapes[2]), strict=True
+            )
+        ]
+        kept = [made[i] for i in made_at["kept"]] if self.writes else given["kept"]
+        trees = [jax.tree.structure(tree) for tree in steps]
+        trees[2] = jax.tree.structure(self.shapes[2])
+        parts = (ends[: len(states)], added, outs, kept)
+        return tuple(
+            tree.unflatten(part) for tree, part in zip(trees, parts, strict=True)
+        )
+
+
+def _integers(values: Any) -> np.ndarray:
+    return np.array(values, np.int64).reshape(-1)

@@ -1,0 +1,446 @@
+"""Steps as programs in C++ equal NumPy, and the loop of them equals the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_native
+from cases import TOLERANCE
+from scipy import special
+
+import jlstm
+from jlstm import door
+from jlstm.bench.cases import MGU
+from jlstm.kernels import Request, fused, library, product, program, scan
+from jlstm.kernels.graph import Unsuited
+
+pytestmark = pytest.mark.skipif(
+    library.why_not() is not None, reason=str(library.why_not())
+)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """As on one device: the suite has two."""
+    monkeypatch.setattr(product, "may_be_sharded", lambda: False)
+    monkeypatch.setattr(fused, "may_be_sharded", lambda: False)
+
+
+def draw(*shape, seed=0) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def count(fun, *args):
+    """How many loops and products of a function run in C++."""
+    text = jax.jit(fun).lower(*args).as_text()
+    return text.count("@jlstm_program"), text.count("@jlstm_product")
+
+
+def run(step, fixed, state, inputs, *, reverse=False):
+    """Runs a step ``(fixed, state, input) -> (state, out)`` over ``[T, B, ...]``."""
+
+    def whole(fixed, state, sums, inputs, kept):
+        state, out = step(fixed, state, inputs)
+        return state, sums, out, kept
+
+    first = jax.tree.map(lambda leaf: leaf[0], inputs)
+    loop = program.bind(whole, fixed, program.Steps(state, (), first, ()))
+    steps = program.Steps(state, (), inputs, ())
+    return jax.jit(lambda steps: loop(steps, 0, reverse=reverse))(steps)
+
+
+# Operations, over all that may come.
+
+VALUES = np.array(
+    [0.0, -0.0, 0.3, -0.7, 1.0, -1.5, 3.0, -9.0, 40.0, -80.0, np.inf, -np.inf, np.nan],
+    np.float32,
+)
+OPERATIONS = {
+    "neg": (jnp.negative, np.negative),
+    "abs": (jnp.abs, np.abs),
+    "sign": (jnp.sign, np.sign),
+    "sqrt": (jnp.sqrt, np.sqrt),
+    "rsqrt": (jax.lax.rsqrt, lambda x: 1 / np.sqrt(x)),
+    "square": (jnp.square, np.square),
+    "power": (lambda x: x**-3, lambda x: x**-3.0),
+    "exp": (jnp.exp, np.exp),
+    "tanh": (jnp.tanh, np.tanh),
+    "sigmoid": (jax.nn.sigmoid, special.expit),
+    "log": (jnp.log, np.log),
+    "log1p": (jnp.log1p, np.log1p),
+    "expm1": (jnp.expm1, np.expm1),
+    "erf": (jax.lax.erf, special.erf),
+    "softplus": (jax.nn.softplus, lambda x: np.logaddexp(x, 0)),
+    "relu": (jax.nn.relu, lambda x: np.maximum(x, 0)),
+    "clip": (lambda x: jnp.clip(x, -1, 2), lambda x: np.clip(x, -1, 2)),
+    "where": (
+        lambda x: jnp.where((x > 0.2) & ~(x >= 3) | (x < -1), x, 7),
+        lambda x: np.where((x > 0.2) & ~(x >= 3) | (x < -1), x, 7),
+    ),
+    "equal": (
+        lambda x: sum(
+            n * jnp.float32(y) for n, y in enumerate((x == 1, x != 3, x <= 0))
+        ),
+        lambda x: 1.0 * (x != 3) + 2.0 * (x <= 0),
+    ),
+}
+PAIRS = {
+    "add": (jnp.add, np.add),
+    "subtract": (jnp.subtract, np.subtract),
+    "multiply": (jnp.multiply, np.multiply),
+    "divide": (jnp.divide, np.divide),
+    "maximum": (jnp.maximum, np.maximum),
+    "minimum": (jnp.minimum, np.minimum),
+    "a b + c": (lambda a, b: a * b + a, lambda a, b: a * b + a),
+    "a b - c": (lambda a, b: a * b - a, lambda a, b: a * b - a),
+    "c - a b": (lambda a, b: b - a * b, lambda a, b: b - a * b),
+}
+
+
+def same(found, expected):
+    found = np.asarray(found, np.float64)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    # Beyond the range of float32.
+    expected = np.where(np.abs(expected) > 3.4e38, np.sign(expected) * np.inf, expected)
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-7)
+
+
+def check_operations(names=None):
+    grid = [np.repeat(VALUES, VALUES.size), np.tile(VALUES, VALUES.size)]
+    a, b = (x.reshape(1, 13, 13) for x in grid)
+    for name, (fun, oracle) in (OPERATIONS | PAIRS).items():
+        if names is not None and name not in names:
+            continue
+        pair = name in PAIRS
+
+        def step(_, state, inputs, fun=fun, pair=pair):
+            return state, fun(*inputs) if pair else fun(inputs[0])
+
+        outs = run(step, (), jnp.zeros((13, 13)), (a, b))[2][0]
+        with np.errstate(all="ignore"):
+            args = (a[0].astype(np.float64), b[0].astype(np.float64))
+            same(outs, oracle(*args) if pair else oracle(args[0]))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", [*OPERATIONS, *PAIRS])
+def test_operation_equals_numpy(name):
+    check_operations([name])
+
+
+def test_zero_of_either_sign_stays():
+    def step(_, state, x):
+        return state, (jnp.where(x > 0, 0.0, -0.0), jnp.where(x > 0, -0.0, 0.0))
+
+    a, b = run(step, (), jnp.zeros((2, 3)), np.ones((1, 2, 3), np.float32))[2]
+    assert not np.signbit(a).any()
+    assert np.signbit(b).all()
+
+
+# What a step may do with columns, rows and constants.
+
+
+def columns(fixed, state, inputs):
+    """Cuts, joins and pads of unequal widths, and all kinds of constants."""
+    a, flag, b = inputs
+    left, right = jnp.split(a, [4], axis=-1)
+    z = jnp.concatenate([right, left * fixed["vector"][None], jnp.ones_like(left)], -1)
+    z = z + fixed["row"][None] - fixed["rows"] * fixed["number"]
+    z = z + jnp.pad(state @ fixed["w"], ((0, 0), (2, 4)), constant_values=0.5)
+    z = jnp.where(flag[:, None], z, b[:, None])
+    z = z - z.mean(-1, keepdims=True)
+    z = z / jnp.sqrt(jnp.square(z).mean(-1, keepdims=True) + 1)
+    new = state * (z[:, 2:8] @ fixed["u"]) + np.array([[1, 1, 2, 2, 3, 4]], np.float32)
+    return jnp.tanh(new), (z, b * 2, flag)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("reverse", [False, True])
+def test_columns_rows_and_constants(reverse):
+    steps, rows = 5, 7
+    fixed = {
+        "vector": draw(4), "row": draw(16), "rows": draw(rows, 16), "number": draw(),
+        "w": draw(6, 10), "u": draw(6, 1),
+    }  # fmt: skip
+    inputs = draw(steps, rows, 12), draw(steps, rows) > 0, draw(steps, rows, seed=1)
+    state = draw(rows, 6)
+    found = run(columns, fixed, state, inputs, reverse=reverse)
+    scanned = partial(jax.lax.scan, partial(columns, fixed), reverse=reverse)
+    expected = scanned(state, inputs)
+    assert found[2][2].dtype == bool
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+        (found[0], found[2]),
+        expected,
+    )
+
+
+def test_products_of_products_and_results_of_earlier_phases():
+    def step(w, state, x):
+        a = jnp.exp(-jnp.square(state)) * x
+        b = jnp.tanh(a @ w)
+        c = (b * a) @ w.T
+        return (c * a + b).clip(-2, 2), state @ w
+
+    w, xs, state = draw(20, 20), draw(4, 9, 20), draw(9, 20, seed=1)
+    found = run(step, w, state, xs)
+    expected = jax.lax.scan(partial(step, w), state, xs)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+        (found[0], found[2]),
+        expected,
+    )
+
+
+def test_states_change_places():
+    def step(_, state, x):
+        a, b, c = state
+        return (b, c + x, a), (a, b)
+
+    state, xs = tuple(draw(40, 3, seed=i) for i in range(3)), draw(5, 40, 3)
+    found, expected = run(step, (), state, xs), jax.lax.scan(
+        lambda state, x: step((), state, x), state, xs
+    )  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, (found[0], found[2]), expected)
+
+
+UNSUITED = {
+    "it computes sin": lambda w, h, x: (jnp.sin(h), x),
+    "it computes cumsum": lambda w, h, x: (jnp.cumsum(h, -1), x),
+    "it slices rows": lambda w, h, x: (h, h[:2] @ w),
+    "it pads rows": lambda w, h, x: (h, jnp.pad(h, ((1, 0), (0, 0)))),
+    "it concatenates rows": lambda w, h, x: (h, jnp.concatenate([h, h])),
+    "it multiplies matrices that differ": lambda w, h, x: (h, contract(h, x)),
+    "a product that is not of rows": lambda w, h, x: (h, h @ w.reshape(2, 4, 2)),
+    "it takes transpose": lambda w, h, x: (h, w @ h.T),
+    "it computes in int32": lambda w, h, x: (h, x.astype(jnp.int32)),
+    "it computes in bfloat16": lambda w, h, x: (h.astype(jnp.bfloat16) * 1.0, x),
+    "of a sum over the rows": lambda w, h, x: (h - h.sum(0)[None], x),
+    "it takes reshape": lambda w, h, x: (h, h.reshape(3, 2, 2)),
+    "takes 1[0-9]+ instructions": lambda w, h, x: (wide(h), x),
+    "it needs [0-9]+ vectors": lambda w, h, x: (tangled(h), x),
+}
+
+
+def contract(a, b):
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())))
+
+
+def wide(h):
+    for _ in range(600):
+        h = jnp.tanh(h) * h
+    return h
+
+
+def tangled(h):
+    parts = [jnp.tanh(h + i) for i in range(100)]
+    return sum(a * b for a, b in zip(parts, parts[::-1], strict=True)) + sum(parts)
+
+
+@pytest.mark.parametrize("reason", UNSUITED)
+def test_what_is_no_program_is_refused(reason):
+    with pytest.raises(Unsuited, match=reason):
+        run(UNSUITED[reason], draw(4, 4), draw(3, 4), draw(2, 3, 4))
+
+
+# Cells.
+
+
+@jlstm.config
+class Gated:
+    """A vector in update, a number for each row, relu, and a carry of two widths."""
+
+    hidden_size: int
+
+    def init(self, key, x):
+        size, draws = self.hidden_size, iter(jax.random.split(key, 4))
+        normal = jax.nn.initializers.normal(0.5)
+        return {
+            "w": normal(next(draws), (x.shape[-1], size), x.dtype),
+            "u": normal(next(draws), (2 * size, size), x.dtype),
+            "scalar": normal(next(draws), (2 * size, 1), x.dtype),
+            "vector": normal(next(draws), (size,), x.dtype),
+        }
+
+    def init_carry(self, params, batch_shape):
+        size, dtype = self.hidden_size, params["w"].dtype
+        return {
+            "long": jnp.zeros((*batch_shape, 2 * size), dtype),
+            "short": jnp.zeros((*batch_shape, size), dtype),
+        }
+
+    def project(self, params, x):
+        return x @ params["w"]
+
+    def mix(self, params, carry, zx):
+        long = carry["long"]
+        return jnp.tanh(long) @ params["u"] + zx, long @ params["scalar"]
+
+    def update(self, params, carry, zx, zh):
+        wide, narrow = zh
+        gate = jax.nn.sigmoid(narrow)
+        new = gate * jax.nn.relu(wide + params["vector"][None]) + carry["short"] / 2
+        old, _ = jnp.split(carry["long"], 2, axis=-1)
+        return {"long": jnp.concatenate([new, old], -1), "short": jnp.sin(0) + new}, new
+
+    def step(self, params, carry, x):
+        zx = self.project(params, x)
+        return self.update(params, carry, zx, self.mix(params, carry, zx))
+
+
+CASES = [
+    # cell, rows, steps, features, how steps are masked, reverse, checkpoint_every
+    (MGU(5), 3, 40, 2, "", False, None),
+    (MGU(33), 7, 6, 5, "mask", True, None),
+    (Gated(6), 35, 7, 3, "mask", False, None),
+    (Gated(3), 5, 7, 3, "resets", True, 3),
+    (jlstm.LSTM(37, double_bias=True), 13, 6, 5, "lengths", False, None),
+    (jlstm.LSTM(16), 21, 40, 4, "resets", True, None),  # several blocks of steps
+    (jlstm.LSTM(128), 2, 3, 2, "", True, 2),  # whole chunks of one row
+    (jlstm.LSTM(1), 1, 1, 1, "", False, None),
+    (jlstm.GRU(20, learned_carry=True), 9, 12, 3, "resets", False, 5),
+    (jlstm.GRU(8, reset_after=False), 4, 5, 3, "mask", False, None),
+    (jlstm.Elman(70), 2, 3, 3, "", True, None),
+    (jlstm.Elman(4, activation=jax.nn.softplus), 3, 4, 2, "lengths", False, None),
+    (jlstm.Elman(4, activation=jax.nn.relu), 3, 4, 2, "none", False, None),
+]
+
+
+def check_cell(cell, batch, time, size, kind, reverse, every):
+    args, cotangents = test_native.arguments(cell, batch, time, size)
+    options = {"kind": kind, "reverse": reverse}
+    expected = test_native.results(scan, cell, args, cotangents, double=True, **options)
+    found = test_native.results(fused, cell, args, cotangents, every=every, **options)
+    test_native.check(found[0], expected[0], TOLERANCE["float32"])
+    test_native.check(found[1], expected[1], test_native.GRADIENT_TOLERANCE)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_loop_equals_the_reference(case, monkeypatch):
+    bound, bind = [], program.bind
+    monkeypatch.setattr(
+        program, "bind", lambda *args: bound.append(bind(*args)) or bound[-1]
+    )
+    check_cell(*case)
+    assert len(bound) >= 2  # forward and backward, both in C++
+
+
+def gradient(cell, params, xs, **options):
+    carry = cell.init_carry(params, xs.shape[:1])
+
+    def score(params, xs):
+        ys, carry_, carries = fused.unroll(cell, params, xs, carry, carry, **options)
+        return sum((leaf**2).sum() for leaf in jax.tree.leaves((ys, carry_, carries)))
+
+    return jax.grad(score, (0, 1))(params, xs)
+
+
+def setting(cell, *shape):
+    xs = draw(*shape)
+    return cell.init(jax.random.key(0), xs[:, 0]), xs
+
+
+def test_loops_of_both_directions_run_in_cpp():
+    cell = jlstm.LSTM(4)
+    args = setting(cell, 3, 5, 2)
+    assert count(partial(gradient, cell), *args) == (2, 0)
+    every = partial(gradient, cell, checkpoint_every=2)
+    assert count(every, *args) == (6, 0)  # two segments, and the steps run again
+
+
+def test_gradient_of_a_gradient_equals_that_of_xla(monkeypatch):
+    cell = MGU(3)
+    params, xs = setting(cell, 3, 4, 2)
+
+    def penalty(params, xs):
+        grads = gradient(cell, params, xs, return_carries=True)
+        return sum((leaf**2).sum() for leaf in jax.tree.leaves(grads))
+
+    found = jax.jit(jax.grad(penalty, (0, 1)))(params, xs)
+    monkeypatch.setattr(product, "why_not", lambda request: "left out")
+    expected = jax.jit(jax.grad(penalty, (0, 1)))(params, xs)
+    test_native.check(found, expected, test_native.GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "over", ["rows", "params", pytest.param("both", marks=pytest.mark.slow)]
+)
+def test_map_equals_a_loop(over):
+    cell = MGU(3)
+    params, xs = setting(cell, 4, 5, 2)
+    axes = (None if over == "rows" else 0, None if over == "params" else 0)
+    stack = partial(jax.tree.map, lambda leaf: np.stack([leaf, 2 * leaf]))
+    args = [
+        tree if axis is None else stack(tree)
+        for tree, axis in zip((params, xs), axes, strict=True)
+    ]
+    mapped = jax.jit(jax.vmap(partial(gradient, cell), axes))(*args)
+    one = jax.jit(partial(gradient, cell))
+    for i in range(2):
+        alone = [
+            tree if axis is None else jax.tree.map(lambda leaf, i=i: leaf[i], tree)
+            for tree, axis in zip(args, axes, strict=True)
+        ]
+        found = jax.tree.map(lambda leaf, i=i: leaf[i], mapped)
+        test_native.check(found, one(*alone), 1e-5)
+
+
+def test_gradients_do_not_depend_on_what_else_runs():
+    loop = jax.jit(partial(gradient, MGU(64)))
+    args = setting(MGU(64), 64, 40, 64)
+    jax.tree.map(np.testing.assert_array_equal, loop(*args), loop(*args))
+
+
+def test_padding_of_nan_is_inert():
+    cell, lengths = MGU(4), np.array([3, 0, 5])
+    params, xs = setting(cell, 3, 5, 2)
+    mask: Any = np.arange(5) < lengths[:, None]
+    spoiled = np.where(mask[..., None], xs, np.nan)
+    carry = draw(3, 4, seed=2)
+
+    def out(params, xs):
+        xs = jlstm.zero_rows(mask, xs)
+        return fused.unroll(cell, params, xs, carry, carry, mask=mask)[:2]
+
+    found, expected = jax.jit(out)(params, spoiled), jax.jit(out)(params, xs)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    np.testing.assert_array_equal(found[1][1], carry[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Normed:
+    """A gated cell whose arithmetic crosses columns."""
+
+    hidden_size: int
+
+    init, init_carry = MGU.init, MGU.init_carry
+    project, mix, step = MGU.project, MGU.mix, MGU.step
+
+    def update(self, params, carry, zx, zh):
+        z = jnp.tanh(zx + zh)[:, : self.hidden_size] + carry
+        new = jnp.cumsum(z, axis=-1)
+        return new, new
+
+
+def test_explanation_says_where_steps_run(monkeypatch):
+    cell = jlstm.Elman(3)
+    monkeypatch.setattr(door, "may_be_sharded", lambda: False)
+    assert str(jlstm.explain(cell)).startswith("fused runs, its steps in C++\n")
+    assert jlstm.explain(jlstm.LSTM(3)).note == ""
+    assert jlstm.explain(Normed(3)).note == (
+        "its products in C++, the rest of its steps in XLA: it computes cumsum"
+    )
+    note = jlstm.explain(cell, jnp.ones((2, 3, 4), jnp.bfloat16)).note
+    assert note == "its steps in XLA: these are for float32, got bfloat16"
+    monkeypatch.setattr(library, "why_not", lambda: "is left out by JLSTM_NATIVE=0")
+    note = jlstm.explain(cell).note
+    assert note == "its steps in XLA: the library is left out by JLSTM_NATIVE=0"
+    assert "on a gpu" in str(product.why_not(Request(platform="gpu")))
+    assert "outside shard_map" in str(product.why_not(Request(sharded=True)))
