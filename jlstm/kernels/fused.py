@@ -53,6 +53,9 @@ from jlstm.types import (
 # The projected inputs of a block take about so many bytes, which stay in the caches. It
 # has so many steps at least, since a block has a price of its own.
 BYTES, STEPS = 3 << 19, 8
+# Weights of so many elements stay in a core's cache while each step reads them; for
+# fewer rows it does not pay to read them at each step.
+SMALL, FEW_ROWS = 1 << 18, 32
 
 
 def why_not(cell: Cell, request: Request) -> str | None:
@@ -85,7 +88,8 @@ def _why_unsuited(cell: Cell, xs: PyTree) -> str | None:
         carry = cell.init_carry(params, jax.tree.leaves(xs)[0].shape[:1])
         loop = Loop(params, carry, carry, Steps(xs, None, None))
         static = Static(cell, _layout(cell, loop), False, False, None)
-        program.bind(*_forward_step(static, loop, keep=True))
+        make = partial(_forward_step, static, loop, keep=True, outputs=True)
+        program.bind(*make(projects=False))
 
     try:
         jax.eval_shape(bind, xs)
@@ -381,16 +385,17 @@ def _over_blocks(
     """Runs ``block(state, part of read, place) -> (state, part of written)``.
 
     Blocks are cut out of batch-major arrays and written back into such, so that no
-    array of the length of the sequence is ever transposed.
+    array of the length of the sequence is ever transposed. What XLA steps through is, a
+    block at a time.
     """
     numbers = [0, *itertools.accumulate(cut.blocks for cut in cuts)]
     for cut, number in list(zip(cuts, numbers, strict=False))[:: -1 if reverse else 1]:
 
         def body(both: tuple, place: Place, steps: int = cut.steps) -> tuple:
             state, written = both
-            part = time_major(_cut(read, place.start, steps, axis=1))
+            part = _cut(read, place.start, steps, axis=1)
             state, done = block(state, part, place)
-            return (state, _paste(written, time_major(done), place.start, 1)), None
+            return (state, _paste(written, done, place.start, 1)), None
 
         blocks = jnp.arange(cut.blocks, dtype=jnp.int32)
         places = Place(cut.start + cut.steps * blocks, number + blocks)
@@ -432,7 +437,7 @@ def _put_at(tree: PyTree, part: PyTree, step: Any) -> PyTree:
     return _paste(tree, jax.tree.map(lambda leaf: leaf[None], part), step)
 
 
-def _over_steps(fun: Callable, params: PyTree, steps: PyTree) -> PyTree:
+def _over_steps(fun: Callable, params: PyTree, steps: PyTree, axis: int) -> PyTree:
     """Applies ``fun(params, step)`` to the steps of a block, as one batch if it can.
 
     A gradient that contracts two axes, ``[T, B, D]``, is twice as slow on a CPU as one
@@ -451,7 +456,7 @@ def _over_steps(fun: Callable, params: PyTree, steps: PyTree) -> PyTree:
             return jax.tree.map(unflat, fun(params, jax.tree.map(flat, steps)))
         except (TypeError, ValueError):
             pass
-    return jax.vmap(fun, in_axes=(None, 0))(params, steps)
+    return jax.vmap(fun, in_axes=(None, axis), out_axes=axis)(params, steps)
 
 
 # The loop.
@@ -476,7 +481,21 @@ def _here() -> Request:
     return Request(platform=jax.default_backend(), sharded=may_be_sharded())
 
 
-def _forward_step(static: Static, loop: Loop, *, keep: bool) -> tuple:
+class Runner(NamedTuple):
+    """Runs the steps of a block, with params that are bound once before all blocks.
+
+    ``run(carry, steps, to, stored, start, write) -> (carry, to, stored)`` takes a block
+    of ``steps``, which begins at step ``start``. It writes what the steps return into
+    the arrays ``to``, and what is stored of them into ``stored``, from ``write`` on.
+    """
+
+    run: Callable
+    in_cpp: bool
+
+
+def _forward_step(
+    static: Static, loop: Loop, *, keep: bool, outputs: bool, projects: bool
+) -> tuple:
     """A step, what is the same for all steps, and arguments like those to come."""
     cell, layout = static.cell, static.layout
 
@@ -485,82 +504,107 @@ def _forward_step(static: Static, loop: Loop, *, keep: bool) -> tuple:
         carry: PyTree,
         sums: PyTree,
         inputs: tuple,
-        _: Any,
+        kept: tuple,
         mix: Any = None,
     ) -> tuple:
         params, fresh = fixed
-        zx, valid, reset = inputs
+        valid, reset, *x = kept
+        zx = cell.project(params, x[0]) if projects else inputs[0]
         if reset is not None:
             carry = where_rows(reset, fresh, carry)
         zh = cell.mix(params, carry, zx) if mix is None else mix(carry, zx)
-        now, stored = Step(carry, zx, zh), ()
+        now, stored = Step(carry, zx, zh), []
         if keep:
-            (new, y), kept = _update(cell, layout, params, now)
-            stored = layout.store(kept)
+            (new, y), all_kept = _update(cell, layout, params, now)
+            stored = layout.store(all_kept)
         else:
             new, y = cell.update(params, *now)
         if valid is not None:
             new, y = where_rows(valid, new, carry), zero_rows(valid, y)
-        return new, sums, (y, new if static.return_carries else None), stored
+        outs = (y, new if static.return_carries else None) if outputs else None
+        return new, sums, None, (outs, stored)
 
     first = jax.eval_shape(partial(_first_step, cell), loop)
-    flags = _at((loop.steps.mask, loop.steps.resets), 0, 1)
-    example = program.Steps(loop.carry, (), (first.zx, *flags), ())
+    xs, *flags = _at(tuple(loop.steps), 0, 1)
+    kept, inputs = (*flags, xs) if projects else tuple(flags), (first.zx,)
+    example = program.Steps(loop.carry, (), () if projects else inputs, kept)
     return step, (loop.params, loop.fresh), example
 
 
-def _forward_loop(static: Static, loop: Loop, *, keep: bool) -> Callable:
-    """Makes ``run(carry, inputs, stored, start) -> (carry, (ys, carries), stored)``.
+def _small_projection(loop: Loop, first: Step) -> bool:
+    """Whether steps may project their inputs themselves."""
+    if jax.tree.leaves(first.zx)[0].shape[0] < FEW_ROWS:
+        return False
+    xs, zx = (jax.tree.leaves(tree) for tree in (loop.steps.xs, first.zx))
+    features = sum(leaf[0, 0].size for leaf in xs)
+    return features * sum(leaf.size // leaf.shape[0] for leaf in zx) <= SMALL
 
-    What is stored of each step goes into the arrays ``stored``, from ``start`` on.
-    Params are bound once, before all blocks.
-    """
+
+def _forward_loop(
+    static: Static, loop: Loop, *, keep: bool, outputs: bool = True
+) -> Runner:
     cell, layout, reverse = static.cell, static.layout, static.reverse
-    step, fixed, example = _forward_step(static, loop, keep=keep)
-    if in_cpp := _in_cpp(step, fixed, example):
-
-        def run(carry: PyTree, inputs: tuple, stored: Any, start: Any) -> tuple:
-            steps = program.Steps(carry, (), inputs, stored if keep else ())
-            carry, _, outs, stored = in_cpp(steps, start, reverse=reverse)
-            return carry, outs, stored
-
-        return run
-
     first = jax.eval_shape(partial(_first_step, cell), loop)
+    make = partial(_forward_step, static, loop, keep=keep, outputs=outputs)
+    for projects in (True, False):
+        if projects and not _small_projection(loop, first):
+            continue
+        in_cpp = _in_cpp(*make(projects=projects))
+        if in_cpp is not None:
+            break
+
+    def project(steps: Steps, axis: int) -> PyTree:
+        zx = _over_steps(cell.project, loop.params, steps.xs, axis)
+        return checkpoint_name(zx, "jlstm_zx")
+
+    if in_cpp is not None:
+
+        def run(
+            carry: PyTree, steps: Steps, to: Any, stored: Any, start: Any, write: Any
+        ) -> tuple:
+            carry = checkpoint_name(carry, "jlstm_carry")
+            time = jax.tree.leaves(steps.xs)[0].shape[1]
+            xs, *kept = loop.steps
+            inputs: tuple = ()
+            if projects:
+                kept.append(xs)
+            else:
+                inputs = (project(steps, 1),)
+            whole = program.Steps(carry, (), inputs, tuple(kept))
+            span = program.Span(time, reverse, start, write)
+            written = (to if outputs else None, stored if keep else [])
+            carry, _, _, (to, made) = in_cpp(whole, written, span)
+            return carry, to, made if keep else stored
+
+        return Runner(run, in_cpp=True)
+
+    step, fixed, _ = make(projects=False)
     mix = product.with_weights(cell.mix, loop.params, first.carry, first.zx)
     ahead = layout.update_cuts_zx and not keep and jax.default_backend() == "cpu"
 
     def body(state: tuple, inputs: tuple) -> tuple:
         carry, stored, place = state
-        carry, _, outs, made = step(fixed, carry, (), inputs, (), mix)
+        zx, *flags = inputs
+        carry, _, _, (outs, made) = step(fixed, carry, (), (zx,), tuple(flags), mix)
         stored = _put_at(stored, made, place) if keep else stored
         return (carry, stored, place + (-1 if reverse else 1)), outs
 
-    def scan_steps(carry: PyTree, inputs: tuple, stored: Any, start: Any) -> tuple:
+    def scan_steps(
+        carry: PyTree, steps: Steps, to: Any, stored: Any, start: Any, write: Any
+    ) -> tuple:
+        carry = checkpoint_name(carry, "jlstm_carry")
+        steps = time_major(steps)
         if reverse:
-            start = start + jax.tree.leaves(inputs)[0].shape[0] - 1
-        state = (carry, stored, jnp.asarray(start, jnp.int32))
+            write = write + jax.tree.leaves(steps.xs)[0].shape[0] - 1
+        state = (carry, stored, jnp.asarray(write, jnp.int32))
+        inputs = (project(steps, 0), steps.mask, steps.resets)
         scanned = _scan_ahead if ahead else jax.lax.scan
         (carry, stored, _), outs = scanned(body, state, inputs, reverse=reverse)
-        return carry, outs, stored
+        if outputs:
+            to = _paste(to, time_major(outs), start, 1)
+        return carry, to, stored
 
-    return scan_steps
-
-
-def _block(
-    static: Static,
-    run: Callable,
-    loop: Loop,
-    carry: PyTree,
-    steps: Steps,
-    stored: Any,
-    start: Any = 0,
-) -> tuple:
-    """Runs the steps of a block: ``(carry, (ys, carries), stored)``."""
-    carry = checkpoint_name(carry, "jlstm_carry")
-    zx = _over_steps(static.cell.project, loop.params, steps.xs)
-    zx = checkpoint_name(zx, "jlstm_zx")
-    return run(carry, (zx, steps.mask, steps.resets), stored, start)
+    return Runner(scan_steps, in_cpp=False)
 
 
 def _scan_ahead(
@@ -584,33 +628,39 @@ def _scan_ahead(
     return carry, outs
 
 
+class ByRow(NamedTuple):
+    """What is stored of all steps, ``[B, T, ...]``; XLA stores ``[T, B, ...]``."""
+
+    arrays: list[Array]
+
+
 def _forward(static: Static, loop: Loop, *, keep: bool) -> tuple:
     whole = static.checkpoint_every is None
-    run = _forward_loop(static, loop, keep=keep and whole)
+    runner = _forward_loop(static, loop, keep=keep and whole)
 
     def block(state: tuple, steps: Steps, place: Place) -> tuple:
-        before, stored = state
-        to = stored if whole else None
-        carry, out, to = _block(static, run, loop, before, steps, to, place.start)
+        before, to, stored = state
+        part, start = stored if whole else [], place.start
+        carry, to, part = runner.run(before, steps, to, part, start, start)
         if keep:
-            stored = to if whole else _put_at(stored, before, place.number)
-        return (carry, stored), out
+            stored = part if whole else _put_at(stored, before, place.number)
+        return (carry, to, stored), None
 
     cuts, time = _segments(static, loop), _time(loop)
     (new, y), kept = _abstract_step(static, loop)
     stored = None
     if keep and whole:
-        stored = _buffers(kept, time, 0)
+        stored = _buffers(kept, time, int(runner.in_cpp))
     elif keep:
         stored = _buffers(new, sum(cut.blocks for cut in cuts), 0)
-    (carry, stored), (ys, carries) = _over_blocks(
-        block,
-        (loop.carry, stored),
-        cuts,
-        loop.steps,
-        _buffers((y, new if static.return_carries else None), time, 1),
-        reverse=static.reverse,
+    to = _buffers((y, new if static.return_carries else None), time, 1)
+    state = (loop.carry, to, stored)
+    state, _ = _over_blocks(
+        block, state, cuts, loop.steps, None, reverse=static.reverse
     )
+    carry, (ys, carries), stored = state
+    if runner.in_cpp and keep and whole:
+        stored = ByRow(stored)
     return (ys, carry, carries), stored
 
 
@@ -679,12 +729,13 @@ def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
         cotangent: PyTree,
         dvectors: list[Array],
         inputs: tuple,
-        stored: list[Array],
+        others: tuple,
         pull_mix: Any = None,
     ) -> tuple:
         params, like, first_zx = fixed
         dcarry, dfresh = cotangent
-        valid, reset, dy, dafter = inputs
+        valid, reset, dy, dafter, *stored = others
+        (stored,) = (*inputs, *stored)
         kept = layout.restore(stored, like)
         dnew = dcarry if dafter is None else _add(dcarry, dafter)
         dout = zero_rows(valid, dnew), zero_rows(valid, dy)
@@ -712,69 +763,76 @@ def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
         jax.tree.map(jnp.zeros_like, smooth_leaves(loop.fresh)),
         [_wide_zeros(leaf) for leaf in _take(loop.params, layout.vectors)],
     )
-    flags = _at((loop.steps.mask, loop.steps.resets), 0, 1)
-    example = program.Steps(
-        (dcarry, zeros[0]),
-        zeros[1],
-        (*flags, *_at((dys, dcarries), 0, 1)),
-        _abstract_step(static, loop)[1],
-    )
-    in_cpp = _in_cpp(step, fixed, example)
+    others = (loop.steps.mask, loop.steps.resets, dys, dcarries)
+    abstract = _abstract_step(static, loop)[1]
+    again: Any = None
+    if static.checkpoint_every is not None:
+        again = _forward_loop(static, loop, keep=True, outputs=False)
+    # Of steps that run again a block has arrays of its own.
+    parts = ((abstract,), ()) if again is not None else ((), (abstract,))
+    example = (parts[0], (*_at(others, 0, 1), *parts[1]))
+    in_cpp = _in_cpp(step, fixed, program.Steps((dcarry, zeros[0]), zeros[1], *example))
+    by_row = again.in_cpp if again is not None else isinstance(stored, ByRow)
+    if isinstance(stored, ByRow):
+        stored = stored.arrays
+    if again is None and by_row != (in_cpp is not None):
+        stored = time_major(stored)
     pull_mix = None
     if in_cpp is None:
         shapes = (first.carry, first.zx, smooth_leaves(first.zh))
         pull_mix = product.with_weights(partial(_pull_mix, cell), loop.params, *shapes)
 
-    def body(cotangent: tuple, inputs: tuple) -> tuple:
-        *others, stored = inputs
+    def body(cotangent: tuple, others: tuple) -> tuple:
         state, sums = cotangent
-        made = step(fixed, state, sums, tuple(others), stored, pull_mix)
+        made = step(fixed, state, sums, (), others, pull_mix)
         return made[:2], made[2]
-
-    again: Any = None
-    if static.checkpoint_every is not None:
-        again = _forward_loop(static, loop, keep=True)
 
     def block(cotangent: tuple, part: tuple, place: Place) -> tuple:
         inner, dparams = cotangent
         steps, dys, dcarries = part
-        size = jax.tree.leaves(steps.xs)[0].shape[0]
-        whole, start = stored, place.start
-        if again is not None:
+        size, axis = jax.tree.leaves(steps.xs)[0].shape[1], int(in_cpp is not None)
+        if again is None:
+            kept = _cut(stored, place.start, size, axis=axis)
+        else:
+            to = _buffers(abstract, size, int(again.in_cpp))
             carry = _at(stored, place.number)
-            to = _buffers(_abstract_step(static, loop)[1], size, 0)
-            whole, start = _block(static, again, loop, carry, steps, to)[2], 0
-        kept = whole if again is not None else _cut(stored, start, size)
-        inputs = (steps.mask, steps.resets, dys, dcarries)
+            kept = again.run(carry, steps, None, to, place.start, 0)[2]
+            if again.in_cpp != bool(axis):
+                kept = time_major(kept)
         if in_cpp is not None:
-            read = program.Steps(inner[0], inner[1], inputs, whole)
-            made = in_cpp(read, start, reverse=not static.reverse)
+            parts = ((kept,), ()) if again is not None else ((), (stored,))
+            whole = program.Steps(inner[0], inner[1], parts[0], (*others, *parts[1]))
+            span = program.Span(size, not static.reverse, place.start)
+            made = in_cpp(whole, (), span)
             inner, outs = made[:2], made[2]
         else:
-            inner, outs = jax.lax.scan(
-                body, inner, (*inputs, kept), reverse=not static.reverse
-            )
+            steps, dys, dcarries = time_major((steps, dys, dcarries))
+            inputs = (steps.mask, steps.resets, dys, dcarries, kept)
+            inner, outs = jax.lax.scan(body, inner, inputs, reverse=not static.reverse)
         dzx, dzh, douts = outs
         if one_buffer:
             dzx = one_buffer[0].unflatten(jax.tree.leaves(dzh))
-        added, dxs = _pull_parts(steps.xs, kept, (dzx, dzh, douts))
-        return (inner, _add(dparams, added)), dxs
+        added, dxs = _pull_parts(steps.xs, kept, (dzx, dzh, douts), axis)
+        return (inner, _add(dparams, added)), dxs if axis else time_major(dxs)
 
-    def _pull_parts(xs: PyTree, stored: list[Array], douts: tuple) -> tuple:
+    def _pull_parts(xs: PyTree, stored: list[Array], douts: tuple, axis: int) -> tuple:
         """The gradients of the params and of xs, for the steps of a block at once."""
-        size = jax.tree.leaves(xs)[0].shape[0]
+        size = jax.tree.leaves(xs)[0].shape[axis]
         step = layout.restore(stored, like, whole=False).step
         zx = step.zx
         if zx is None:  # nothing reads it
 
             def repeat(leaf: Array) -> Array:
-                return jnp.broadcast_to(leaf, (size, *leaf.shape))
+                leaf = jnp.expand_dims(leaf, axis)
+                shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
+                return jnp.broadcast_to(leaf, shape)
 
             zx = jax.tree.map(repeat, first.zx)
         (smooth_x, *smooth_step), rest = _split((xs, step.carry, zx, step.zh))
 
         def parts(params: PyTree, matrices: list[Array], xs: PyTree) -> tuple:
-            return _over_steps(part, (params, matrices), ((xs, *smooth_step), rest))
+            steps = ((xs, *smooth_step), rest)
+            return _over_steps(part, (params, matrices), steps, axis)
 
         def part(differentiated: tuple, inputs: tuple) -> tuple:
             params, matrices = differentiated

@@ -82,7 +82,8 @@ class Graph:
     """Nodes: an operation and its arguments, which are numbers of other nodes.
 
     The arguments of ``load``, and of ``splat`` (one element for a whole column), are a
-    place and a column; that of ``const`` is a number.
+    place and a column; that of ``const`` is a number. ``whole`` stands for all of a
+    place that has no columns, and is but multiplied by weights.
     """
 
     def __init__(self, batch: int, unit: int):
@@ -108,8 +109,6 @@ class Graph:
         if len(shape) > 2:
             raise Unsuited(f"an array of a step has the axes {list(shape)}")
         width = math.prod(shape if kind == "same" else shape[1:])
-        if width % self.unit and width != 1:
-            raise Unsuited(f"widths {width} and {self.unit} have no common columns")
         self.places.append(Place(kind, width, value))
         return len(self.places) - 1
 
@@ -118,8 +117,15 @@ class Graph:
         width = self.places[place].width
         if width == 1:
             return Row((self.node("splat", place, 0),), 1)
+        if width % self.unit:
+            return Row((self.node("whole", place, 0),), width)
         columns = (self.node("load", place, i) for i in range(self.count(width)))
         return Row(tuple(columns), width)
+
+    def check_columns(self, row: Row) -> None:
+        """Refuses what has no columns."""
+        if self.nodes[row.columns[0]][0] == "whole":
+            raise Unsuited(f"widths {row.width} and {self.unit} have no common columns")
 
     def constant(self, value: Any) -> int:
         """Adds a number, or finds it."""
@@ -169,6 +175,7 @@ class Graph:
         if isinstance(value, Sum):
             raise Unsuited("it uses a sum over the rows of a batch")
         if isinstance(value, Row):
+            self.check_columns(value)
             return value
         shape = jnp.shape(value.value)
         rows = shape == value.shape and shape[:1] == (self.batch,) and self.batch > 1
@@ -219,6 +226,9 @@ def read(graph: Graph, jaxpr: Any, consts: list, args: list) -> list:
         elif any(isinstance(value, Sum) for value in given):
             made = [_add_sums(graph, eqn, given)]
         elif name in _COLUMNS:
+            for value in given:
+                if isinstance(value, Row):
+                    graph.check_columns(value)
             made = _COLUMNS[name](graph, eqn, given)
         else:
             made = [_elements(graph, eqn, given)]
@@ -241,7 +251,12 @@ def common_width(jaxpr: Any, moving: set) -> int:
             if len(atom.aval.shape) == 2 and atom.aval.shape[1] >= least:
                 found = math.gcd(found, atom.aval.shape[1])
 
-    meet([atom for atom in jaxpr.invars if atom in moving])
+    # What is but multiplied by weights needs no columns.
+    read = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    for eqn in live(jaxpr):
+        if eqn.primitive.name != "dot_general" and _inner(eqn) is None:
+            read.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
+    meet([atom for atom in jaxpr.invars if atom in moving and atom in read])
     for eqn in live(jaxpr):
         flags = [not isinstance(a, Literal) and a in moving for a in eqn.invars]
         if not any(flags):

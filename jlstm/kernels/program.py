@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlstm.kernels.blocks import time_major
 from jlstm.kernels.graph import (
     Graph,
     Link,
@@ -37,25 +38,25 @@ OPERATIONS = (
     *("log", "log1p", "expm1", "erf", "gt", "ge", "eq", "ne"),
     "where",  # a where c, else b
 )
-KINDS = ("input", "kept", "state", "rows", "same", "out", "scratch")
+KINDS = ("input", "kept", "state", "rows", "same", "out", "written", "scratch")
 REGISTERS, INSTRUCTIONS = 64, 1024
 
 
 class Steps(NamedTuple):
-    """What steps read and return, beside what is the same for all."""
+    """What steps read, beside what is the same for all."""
 
     state: PyTree  # [B, ...], handed on
     sums: PyTree  # [...], to which a step adds sums over the rows
-    inputs: PyTree  # of a step [B, ...], of a loop [T, B, ...]
+    inputs: PyTree  # of a step [B, ...], of a loop [B, T, ...]
     kept: PyTree  # the same, but a loop has part of a longer array
 
 
-def bind(step: Callable, fixed: PyTree, steps: Steps) -> Callable:
-    """Makes ``loop(steps, start, reverse=...) -> (state, sums, outs, kept)``.
+def bind(step: Callable, fixed: PyTree, steps: Steps) -> _Loop:
+    """Makes ``loop(steps, to, ...) -> (state, sums, outs, written)``.
 
     Args:
-      step: ``(fixed, *steps) -> (state, sums, outs, kept)``. It reads ``kept`` or
-        returns it; a loop reads or writes it from ``start`` on.
+      step: ``(fixed, *steps) -> (state, sums, outs, written)``. A loop makes arrays of
+        ``outs``, ``[B, T, ...]``, and writes ``written`` into part of longer ones.
       fixed: what is the same for all steps: params, and arrays ``[B, ...]``.
       steps: those of one step; only shapes and dtypes count.
 
@@ -85,50 +86,51 @@ def bind(step: Callable, fixed: PyTree, steps: Steps) -> Callable:
 
     new = [jax.tree.leaves(tree) for tree in shapes]
     outs = [graph.place("out", leaf.shape, leaf.dtype) for leaf in new[2]]
-    written = [graph.place("kept", leaf.shape, np.float32) for leaf in new[3]]
+    if any(leaf.dtype != np.float32 for leaf in new[3]):
+        raise Unsuited("it returns what is not in float32")
+    written = [graph.place("written", leaf.shape, leaf.dtype) for leaf in new[3]]
     stores = []
     targets = [*places[0], *places[1], *outs, *written]
     for place, result in zip(targets, results, strict=True):
         row = result.row if isinstance(result, Sum) else result
         stores.append((place, graph.row(row, graph.places[place].width)))
     program = _Program(graph, stores)
-    return _Loop(step, fixed, shapes, program, writes=bool(new[3]))
+    return _Loop(step, fixed, shapes, program)
 
 
-def plain(
-    step: Callable,
-    fixed: PyTree,
-    steps: Steps,
-    start: Array,
-    *,
-    reverse: bool,
-    writes: bool,
-) -> tuple:
+class Span(NamedTuple):
+    """Which steps a loop takes."""
+
+    time: int  # how many
+    reverse: bool
+    read: Any = 0  # the first in the arrays that are kept
+    write: Any = 0  # and in those that are written
+
+
+def plain(step: Callable, fixed: PyTree, steps: Steps, to: PyTree, span: Span) -> tuple:
     """The same loop by XLA, for its derivatives."""
 
-    def body(carry: tuple, inputs: PyTree) -> tuple:
-        state, sums, kept, place = carry
+    def body(carry: tuple, number: Array) -> tuple:
+        state, sums, to = carry
 
-        def at(leaf: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(leaf, place, keepdims=False)
+        def at(tree: PyTree, start: Any) -> PyTree:
+            def pick(leaf: Array) -> Array:
+                return jax.lax.dynamic_index_in_dim(leaf, start + number, 1, False)
+
+            return jax.tree.map(pick, tree)
 
         def put(leaf: Array, part: Array) -> Array:
-            return jax.lax.dynamic_update_index_in_dim(leaf, part, place, 0)
+            place = span.write + number
+            return jax.lax.dynamic_update_index_in_dim(leaf, part, place, 1)
 
-        now = () if writes else jax.tree.map(at, kept)
-        state, sums, outs, made = step(fixed, state, sums, inputs, now)
-        kept = jax.tree.map(put, kept, made) if writes else kept
-        return (state, sums, kept, place + (-1 if reverse else 1)), outs
+        parts = at(steps.inputs, 0), at(steps.kept, span.read)
+        state, sums, outs, made = step(fixed, state, sums, *parts)
+        return (state, sums, jax.tree.map(put, to, made)), outs
 
-    if reverse:
-        start = start + _time(steps) - 1
-    carry = (steps.state, steps.sums, steps.kept, start)
-    carry, outs = jax.lax.scan(body, carry, steps.inputs, reverse=reverse)
-    return carry[0], carry[1], outs, carry[2]
-
-
-def _time(steps: Steps) -> int:
-    return jax.tree.leaves(steps.inputs)[0].shape[0]
+    carry = (steps.state, steps.sums, to)
+    numbers = jnp.arange(span.time, dtype=jnp.int32)
+    carry, outs = jax.lax.scan(body, carry, numbers, reverse=span.reverse)
+    return carry[0], carry[1], time_major(outs), carry[2]
 
 
 # From a graph to instructions.
@@ -158,9 +160,9 @@ class _Program:
         self._levels: list[int] = []  # the phase in which a node can be computed
         for op, *args in list(graph.nodes):
             level = 0
-            if op in ("load", "splat") and args[0] in by_place:
+            if op in ("load", "splat", "whole") and args[0] in by_place:
                 level = 1 + self._phase_of(by_place[args[0]].row)
-            elif op not in ("load", "splat", "const"):
+            elif op not in ("load", "splat", "whole", "const"):
                 level = max(self._levels[arg] for arg in args)
             self._levels.append(level)
         needed = {node for _, row in stores for node in row.columns}
@@ -169,7 +171,7 @@ class _Program:
             op, *args = graph.nodes[node]
             if node not in needed:
                 continue
-            if op not in ("load", "splat", "const"):
+            if op not in ("load", "splat", "whole", "const"):
                 needed.update(args)
             elif op != "const" and (link := by_place.pop(args[0], None)):
                 needed.update(link.row.columns)
@@ -191,7 +193,8 @@ class _Program:
     def _memory(self, row: Row) -> int | None:
         """The place that has a row as it is."""
         op, place, *_ = self.graph.nodes[row.columns[0]]
-        if op not in ("load", "splat") or self.graph.places[place].kind == "same":
+        moved = op in ("load", "splat", "whole")
+        if not moved or self.graph.places[place].kind == "same":
             return None
         return place if self.graph.load(place) == row else None
 
@@ -318,16 +321,8 @@ def _fuse(order: list[_Instruction]) -> list[_Instruction]:
 class _Loop:
     """A program, bound to what is the same for all steps."""
 
-    def __init__(
-        self,
-        step: Callable,
-        fixed: PyTree,
-        shapes: tuple,
-        program: _Program,
-        *,
-        writes: bool,
-    ):
-        self.program, self.shapes, self.writes = program, shapes, writes
+    def __init__(self, step: Callable, fixed: PyTree, shapes: tuple, program: _Program):
+        self.program, self.shapes = program, shapes
         self.fixed = fixed
         # What each place of the kinds rows and same has.
         places = program.graph.places
@@ -339,61 +334,75 @@ class _Loop:
         ]
         self.bound = (same, [(product.weight, product.packed) for product in weights])
 
-        @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+        @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
         def run(
-            reverse: bool, fixed: PyTree, bound: tuple, steps: Steps, start: Array
+            time: int,
+            reverse: bool,
+            fixed: PyTree,
+            bound: tuple,
+            starts: Array,
+            *rest: Any,
         ) -> tuple:
             del fixed
-            return self._call(reverse, bound, steps, start)
+            return self._call(time, reverse, bound, starts, *rest)
 
         @run.defjvp
-        def _(reverse: bool, primals: tuple, tangents: tuple) -> tuple:
-            def again(fixed: PyTree, steps: Steps, start: Array) -> tuple:
-                return plain(step, fixed, steps, start, reverse=reverse, writes=writes)
+        def _(time: int, reverse: bool, primals: tuple, tangents: tuple) -> tuple:
+            fixed, _, starts, *rest = primals
+            span = Span(time, reverse, *starts)
 
-            fixed, _, *rest = primals
-            return jax.jvp(again, (fixed, *rest), (tangents[0], *tangents[2:]))
+            def again(fixed: PyTree, steps: Steps, to: PyTree) -> tuple:
+                return plain(step, fixed, steps, to, span)
+
+            return jax.jvp(again, (fixed, *rest), (tangents[0], *tangents[3:]))
 
         self._run: Any = run
 
-    def __call__(self, steps: Steps, start: Any, *, reverse: bool) -> tuple:
+    def __call__(self, steps: Steps, to: PyTree, span: Span) -> tuple:
         """Runs the steps; see :func:`bind`."""
-        start = jnp.asarray(start, jnp.int32)
-        return self._run(reverse, self.fixed, self.bound, steps, start)
+        starts = jnp.array([span.read, span.write], jnp.int32)
+        time, reverse = span[:2]
+        return self._run(time, reverse, self.fixed, self.bound, starts, steps, to)
 
-    def _call(self, reverse: bool, bound: tuple, steps: Steps, start: Array) -> tuple:
+    def _call(
+        self,
+        time: int,
+        reverse: bool,
+        bound: tuple,
+        starts: Array,
+        steps: Steps,
+        to: PyTree,
+    ) -> tuple:
         same, weights = bound
-        program, graph, time = self.program, self.program.graph, _time(steps)
+        program, graph = self.program, self.program.graph
         given = {kind: list[Any]() for kind in KINDS}
-        for kind, tree in zip(("input", "kept"), steps[2:], strict=True):
-            given[kind] = jax.tree.leaves(tree)
-        states, sums = (jax.tree.leaves(tree) for tree in steps[:2])
+        states, sums, given["input"], given["kept"] = map(jax.tree.leaves, steps)
         zeros = [jnp.zeros((graph.batch, *leaf.shape), np.float32) for leaf in sums]
-        given["state"] = [*states, *zeros]
-        values = iter(same)
-        operands: list[Any] = [start]
+        given["state"], given["written"] = [*states, *zeros], jax.tree.leaves(to)
+        # In the order of places, in which rows and same are mixed.
+        taken = {kind: iter(leaves) for kind, leaves in given.items()}
+        taken["rows"] = taken["same"] = iter(same)
+        operands: list[Any] = [starts]
         results: list[jax.ShapeDtypeStruct] = []
         aliases: dict[int, int] = {}
-        made_at = {kind: list[int]() for kind in ("state", "kept", "out")}
-        table: list[tuple[int, int, int]] = []
-        taken = {kind: iter(leaves) for kind, leaves in given.items()}
+        made_at = {kind: list[int]() for kind in KINDS}
+        table: list[tuple[int, ...]] = []
         for place in graph.places:
-            kind, buffer = place.kind, 0
-            if kind in ("rows", "same"):
-                operands.append(jnp.asarray(next(values), np.float32))
+            kind, buffer, length = place.kind, 0, time
+            if kind not in ("out", "scratch"):
+                operands.append(jnp.asarray(next(taken[kind]), np.float32))
                 buffer = len(operands) - 1
-            elif kind not in ("out", "scratch"):
-                operands.append(next(taken[kind]).astype(np.float32))
-                buffer = len(operands) - 1
-            if kind in ("state", "out") or (kind == "kept" and self.writes):
-                shape = (time, graph.batch, place.width)
+            if kind in ("kept", "written"):
+                length = operands[buffer].shape[1]
+            if kind in ("state", "out", "written"):
+                shape = (graph.batch, time, place.width)
                 if kind != "out":
                     aliases[buffer] = len(results)
                     shape = operands[buffer].shape
                 made_at[kind].append(len(results))
                 results.append(jax.ShapeDtypeStruct(shape, np.float32))
                 buffer = -len(results)
-            table.append((KINDS.index(kind), place.width, buffer))
+            table.append((KINDS.index(kind), place.width, buffer, length))
         links = []
         for (phase, left, link), pair in zip(program.links, weights, strict=True):
             links.append((phase, left, link.place, len(operands), link.transposed))
@@ -419,19 +428,16 @@ class _Loop:
         added = [
             a + wide.sum(0) for a, wide in zip(sums, ends[len(states) :], strict=True)
         ]
+        pairs = zip(made_at["out"], jax.tree.leaves(self.shapes[2]), strict=True)
+        lead = (graph.batch, time)
         outs = [
-            made[i].reshape(time, *like.shape).astype(like.dtype)
-            for i, like in zip(
-                made_at["out"], jax.tree.leaves(self.shapes[2]), strict=True
-            )
+            made[i].reshape(*lead, *like.shape[1:]).astype(like.dtype)
+            for i, like in pairs
         ]
-        kept = [made[i] for i in made_at["kept"]] if self.writes else given["kept"]
-        trees = [jax.tree.structure(tree) for tree in steps]
-        trees[2] = jax.tree.structure(self.shapes[2])
-        parts = (ends[: len(states)], added, outs, kept)
-        return tuple(
-            tree.unflatten(part) for tree, part in zip(trees, parts, strict=True)
-        )
+        written = [made[i] for i in made_at["written"]]
+        parts = ends[: len(states)], added, outs, written
+        trees = map(jax.tree.structure, (steps[0], steps[1], self.shapes[2], to))
+        return tuple(t.unflatten(part) for t, part in zip(trees, parts, strict=True))
 
 
 def _integers(values: Any) -> np.ndarray:

@@ -430,7 +430,7 @@ ffi::Error memory(ffi::RemainingRets rets) {
 }
 
 // Kinds of memory, as they are numbered in program.py.
-enum Kind { kInput, kKept, kState, kRows, kSame, kOut, kScratch };
+enum Kind { kInput, kKept, kState, kRows, kSame, kOut, kWritten, kScratch };
 
 ffi::Error pack_product(ffi::ThreadPool pool, Buffer weights, Result packed,
                         bool transposed) {
@@ -475,16 +475,21 @@ ffi::Error program(ffi::ThreadPool pool, ffi::RemainingArgs args,
                    ffi::Span<const int64_t> sizes, bool reverse, int64_t devices) {
   const auto arg = [&](int64_t i) { return (*args.get<Buffer>(i)).typed_data(); };
   const int64_t T = sizes[0], B = sizes[1];
-  const int64_t start = args.get<ffi::Buffer<ffi::S32>>(0)->typed_data()[0];
+  const int32_t* starts = args.get<ffi::Buffer<ffi::S32>>(0)->typed_data();
   std::vector<Memory> memory;
-  for (size_t i = 0; i < table.size(); i += 3) {
+  for (size_t i = 0; i < table.size(); i += 4) {
     const int64_t kind = table[i], width = table[i + 1], at = table[i + 2];
-    Memory m{nullptr, width, width, 0, nullptr};
+    Memory m{nullptr, width, width, 0, nullptr, 0};
     if (at > 0) m.base = arg(at);
     if (at < 0) m.base = (**rets.get<Buffer>(-1 - at)).typed_data();
     if (kind == kSame) m.row = 0;
-    if (kind == kInput || kind == kKept || kind == kOut) m.step = B * width;
-    if (kind == kKept) m.base += start * m.step;
+    if (kind == kInput || kind == kKept || kind == kOut || kind == kWritten) {
+      m.step = width;
+      m.row = table[i + 3] * width;
+      m.ahead = reverse ? -width : width;
+    }
+    if (kind == kKept) m.base += starts[0] * width;
+    if (kind == kWritten) m.base += starts[1] * width;
     memory.push_back(m);
   }
   std::vector<Link> products;

@@ -63,14 +63,19 @@ void run_instructions(const Instruction* code, int64_t count, const Chunk& at,
       float* base = to.now + op.b * unit;
       if (Dense) {
         float* first = base + at.rows[0] * to.row + at.lanes[0];
-        for (int c = 0; c < kChunk; ++c) store(first + c * W, from[c]);
+        for (int c = 0; c < kChunk; ++c) {
+          __builtin_prefetch(first + c * W + to.ahead, 1);
+          store(first + c * W, from[c]);
+        }
       } else if (to.width == 1) {
         for (int c = 0; c < at.count; ++c) {
           if (at.lanes[c] == 0) base[at.rows[c] * to.row] = from[c][0];
         }
       } else {
         for (int c = 0; c < at.count; ++c) {
-          store(base + at.rows[c] * to.row + at.lanes[c], from[c], at.left[c]);
+          float* first = base + at.rows[c] * to.row + at.lanes[c];
+          __builtin_prefetch(first + to.ahead, 1);
+          store(first, from[c], at.left[c]);
         }
       }
       continue;
@@ -91,11 +96,16 @@ void run_instructions(const Instruction* code, int64_t count, const Chunk& at,
         const float* base = from.now + op.b * unit;
         if (Dense) {
           const float* first = base + at.rows[0] * from.row + at.lanes[0];
-          for (int c = 0; c < kChunk; ++c) to[c] = load(first + c * W);
+          for (int c = 0; c < kChunk; ++c) {
+            __builtin_prefetch(first + c * W + from.ahead);
+            to[c] = load(first + c * W);
+          }
           break;
         }
         for (int c = 0; c < at.count; ++c) {
-          to[c] = load(base + at.rows[c] * from.row + at.lanes[c], at.left[c]);
+          const float* first = base + at.rows[c] * from.row + at.lanes[c];
+          __builtin_prefetch(first + from.ahead);
+          to[c] = load(first, at.left[c]);
         }
         break;
       }
@@ -193,7 +203,8 @@ void run_program(const Program& p, int64_t first, int64_t rows) {
           const Span part = span(link.matrix.columns(), panel);
           with_vectors(part, [&](auto n) {
             product_of<decltype(n)::value>(link.matrix, link.packed, part,
-                                           memory[link.from].now, rows,
+                                           memory[link.from].now,
+                                           memory[link.from].row, rows,
                                            memory[link.to].now);
           });
         }

@@ -657,7 +657,7 @@ void pack_product(const Matrix& m, int64_t panel, float* packed) {
 
 template <int N>
 void product_of(const Matrix& m, const float* packed, Span part, const float* rows,
-                int64_t count, float* out) {
+                int64_t stride, int64_t count, float* out) {
   const int64_t inner = m.inner(), columns = m.columns(), first = part.first * W;
   const int64_t last = least(W, columns - first - (N - 1) * W);
   in_groups<most_rows(N)>(count, [&](int64_t start, auto size) {
@@ -666,7 +666,7 @@ void product_of(const Matrix& m, const float* packed, Span part, const float* ro
     const float* a[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      a[r] = rows + (start + r) * inner;
+      a[r] = rows + (start + r) * stride;
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) acc[r][n] = Vec{};
     }
@@ -687,7 +687,7 @@ void product(const Matrix& m, const float* packed, int64_t panel, const float* r
              int64_t count, float* out) {
   const Span part = span(m.columns(), panel);
   with_vectors(part, [&](auto n) {
-    product_of<decltype(n)::value>(m, packed, part, rows, count, out);
+    product_of<decltype(n)::value>(m, packed, part, rows, m.inner(), count, out);
   });
 }
 

@@ -93,6 +93,7 @@ struct Memory {
   float* base;  // null where a thread has its own, else of the first row and step
   int64_t width, row, step;  // how far a row and a step are from the next
   float* now;
+  int64_t ahead;  // how far what the next step takes is
 };
 
 struct Link {
