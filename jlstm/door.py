@@ -134,7 +134,7 @@ def unroll(
     if checkpoint_every == "sqrt":
         checkpoint_every = max(1, math.isqrt(jax.tree.leaves(xs)[0].shape[1]))
     return _unroll(
-        Call(cell, name, reverse, return_carries, checkpoint_every),
+        Call(cell, name, reverse, return_carries, checkpoint_every, may_be_sharded()),
         params,
         xs,
         carry,
@@ -153,6 +153,7 @@ class Call:
     reverse: bool
     return_carries: bool
     checkpoint_every: int | None
+    sharded: bool
 
 
 @partial(jax.jit, static_argnums=0)

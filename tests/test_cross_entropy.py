@@ -133,7 +133,7 @@ def test_other_derivatives_equal_those_of_the_logits():
         lambda f: jax.vmap(jax.grad(f), (0, None))(jnp.stack([w, -w]), b),
     ):
         found, expected = (
-            transform(partial(value, f))
+            jax.jit(partial(transform, partial(value, f)))()
             for f in (train.projected_cross_entropy, of_logits)
         )
         chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)

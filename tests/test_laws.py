@@ -20,13 +20,17 @@ KINDS = [jlstm.LSTM(3), jlstm.GRU(3), jlstm.Elman(3)]
 # The GRU's other form with every option covers its plain one; Chrono comes with every
 # option of the LSTM.
 CHRONO = jlstm.init.Chrono(9)
-MET = [*KINDS, jlstm.GRU(3, reset_after=False)]
+GRU = jlstm.GRU(2, reset_after=False, double_bias=True, learned_carry=True)
+LSTM = jlstm.LSTM(2, double_bias=True, learned_carry=True)
+MET = [*KINDS, jlstm.GRU(3, reset_after=False), GRU, LSTM]
 slow = partial(pytest.param, marks=pytest.mark.slow)
+BOTH = jlstm.bidirectional(jlstm.Elman(2))
 VARIANTS = [
-    *(cell for cell in CELLS if cell not in MET and not isinstance(cell, jlstm.LSTM)),
+    GRU,
+    *(slow(cell) for cell in CELLS if cell not in MET),
     # What these options add is linear, and is checked with the other cells.
     slow(jlstm.LSTM(2, forget_bias=CHRONO, double_bias=True, learned_carry=True)),
-    jlstm.Precision(jlstm.LSTM(2), jlstm.Policy(accumulate=jnp.float64)),
+    slow(jlstm.Precision(jlstm.LSTM(2), jlstm.Policy(accumulate=jnp.float64))),
 ]
 TOKENS = jnp.arange(18, dtype=jnp.int32).reshape(3, 6) % 7
 LAYERS = [
@@ -36,18 +40,18 @@ LAYERS = [
     (jlstm.Embed(7, 2), TOKENS),
     (jlstm.LayerNorm(), None),
     (jlstm.Dropout(0.5), None),
-    (jlstm.Residual(jlstm.RNN(jlstm.Elman(5))), None),
+    slow(jlstm.Residual(jlstm.RNN(jlstm.Elman(5))), None),
     (jlstm.Conv(2, width=3, dilation=2), None),
     (jlstm.Conv(2, width=2, dilation=2), None),
-    (jlstm.Conv(2, width=3, padding="CAUSAL"), None),
-    (jlstm.Tagger(jlstm.RNN(jlstm.Elman(2)), 3), None),
+    slow(jlstm.Conv(2, width=3, padding="CAUSAL"), None),
+    slow(jlstm.Tagger(jlstm.RNN(jlstm.Elman(2)), 3), None),
     (jlstm.LanguageModel(jlstm.RNN(jlstm.Elman(2)), 7, 2, tied=True), TOKENS),
 ]
 RETIMING = [
     jlstm.Conv(2, width=3, stride=2),
     jlstm.Conv(2, width=2, padding="VALID"),
     jlstm.Tagger(jlstm.Conv(2, width=2, padding="VALID"), 2),
-    jlstm.stack(jlstm.Conv(2, width=2, stride=2), jlstm.bidirectional(jlstm.Elman(2))),
+    slow(jlstm.stack(jlstm.Conv(2, width=2, stride=2), BOTH)),
 ]
 
 

@@ -209,8 +209,16 @@ def test_loops_for_other_processors_equal_the_reference(loops):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("cell", [jlstm.LSTM(3), jlstm.GRU(3)], ids=repr)
-@pytest.mark.parametrize("every", [None, 3])
+@pytest.mark.parametrize(
+    ("cell", "every"),
+    [
+        (jlstm.LSTM(3), None),
+        (jlstm.GRU(3), 3),
+        pytest.param(jlstm.LSTM(3), 3, marks=pytest.mark.slow),
+        pytest.param(jlstm.GRU(3), None, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_gradient_of_a_gradient_equals_that_of_fused(cell, every):
     (params, xs, carry, fresh), _ = arguments(cell, 3, 4, 2)
     mask, resets = flags("resets", 3, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlstm
 from jlstm import train
+from jlstm.kernels import library
 
 MODEL = jlstm.Tagger(jlstm.bidirectional(jlstm.LSTM(3)), 4)
 LANGUAGE = jlstm.LanguageModel(jlstm.RNN(jlstm.GRU(3)), 7, 3)
@@ -129,3 +131,21 @@ def test_shard_map_that_tracks_devices_is_refused(implementation):
     np.testing.assert_allclose(apply(False), layer.apply(params, xs)[0], atol=1e-6)
     with pytest.raises(NotImplementedError, match="give it check_vma=False"):
         apply(True)
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
+def test_fewer_rows_than_devices_meet_the_loops_in_cpp():
+    model = jlstm.Tagger(jlstm.RNN(jlstm.Elman(4)), 3)
+    batch = {"xs": jnp.ones((1, 5, 2), jnp.float32), "tags": jnp.zeros((1, 5), int)}
+    params = model.init(jax.random.key(0), batch["xs"])
+
+    def loss_fn(params, batch, *, key, carry):
+        scores, _ = model.apply(params, batch["xs"])
+        return train.softmax_cross_entropy(scores, batch["tags"]), train.Aux({})
+
+    def loss(params, batch):
+        parallel: Any = train.data_parallel(loss_fn, 2)
+        return parallel(params, batch, key=None, carry=None)[0].value
+
+    text = jax.jit(jax.grad(loss)).lower(params, batch).as_text()
+    assert text.count("@jlstm_program") == 2  # forward and backward

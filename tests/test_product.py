@@ -163,6 +163,7 @@ def test_products_of_both_directions_run_in_the_loop(no_programs):
     )
 
 
+@pytest.mark.slow
 def test_gradient_of_a_gradient_equals_that_of_xla(monkeypatch, no_programs):
     cell = MGU(3)
     params, xs = test_program.setting(cell, 3, 4, 2)
@@ -177,6 +178,7 @@ def test_gradient_of_a_gradient_equals_that_of_xla(monkeypatch, no_programs):
     test_native.check(found, expected, test_native.GRADIENT_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_map_equals_a_loop(no_programs):
     cell = MGU(3)
     params, xs = test_program.setting(cell, 4, 5, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -26,6 +27,7 @@ from jlstm.bench.program import (
     make_inputs,
     make_tokens,
 )
+from jlstm.kernels.request import rows_in_one_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,10 @@ def _body(variant: Variant, cell: Any, suite: Suite) -> Any:
 
 def _apply(layer: Any) -> Apply:
     def apply(params: Any, xs: jax.Array, lengths: Any = None) -> jax.Array:
-        return layer.apply(params, xs, lengths=lengths)[0]
+        # As in train.data_parallel.
+        single = contextlib.nullcontext() if len(xs) > 1 else rows_in_one_place()
+        with single:
+            return layer.apply(params, xs, lengths=lengths)[0]
 
     return apply
 

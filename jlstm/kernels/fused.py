@@ -10,8 +10,8 @@ steps of a block, taken as one batch, which XLA sees as large matrix products.
 The sequence runs in blocks of steps, so that what a block makes stays in the cache. The
 forward loop stores what the VJP of ``update`` holds; or, to save memory, only the carry
 before each block, and the reverse loop runs the block once more. For a policy of a
-``jax.checkpoint`` around the call, :math:`z^x` and these carries have the names
-``jlstm_zx`` and ``jlstm_carry``.
+``jax.checkpoint`` around the call, these carries have the name ``jlstm_carry``, and
+:math:`z^x` has ``jlstm_zx``, unless each step computes its own.
 
 On a CPU the steps of a block are :mod:`jlstm.kernels.program`'s where they can be; else
 their products with weights are :mod:`jlstm.kernels.product`'s.
@@ -19,6 +19,7 @@ their products with weights are :mod:`jlstm.kernels.product`'s.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +36,7 @@ from jlstm.kernels import library, product, program, recipes, scan
 from jlstm.kernels.blocks import Segment, near_divisor, segments, time_major
 from jlstm.kernels.graph import Unsuited
 from jlstm.kernels.recipes import Recipe
-from jlstm.kernels.request import Request, may_be_sharded
+from jlstm.kernels.request import Request, may_be_sharded, rows_in_one_place
 from jlstm.types import (
     PARTS,
     Array,
@@ -87,7 +88,7 @@ def _why_unsuited(cell: Cell, xs: PyTree) -> str | None:
         params, xs = prepare(cell, params, xs)
         carry = cell.init_carry(params, jax.tree.leaves(xs)[0].shape[:1])
         loop = Loop(params, carry, carry, Steps(xs, None, None))
-        static = Static(cell, _layout(cell, loop), False, False, None)
+        static = Static(cell, _layout(cell, loop), False, False, None, False)
         make = partial(_forward_step, static, loop, keep=True, outputs=True)
         program.bind(*make(projects=False))
 
@@ -101,7 +102,7 @@ def _why_unsuited(cell: Cell, xs: PyTree) -> str | None:
 
 
 class Steps(NamedTuple):
-    """What the loop reads at each step: ``[B, T, ...]``, in a block ``[T, B, ...]``."""
+    """What the loop reads at each step, ``[B, T, ...]``; XLA's, ``[T, B, ...]``."""
 
     xs: PyTree
     mask: Array | None
@@ -125,6 +126,7 @@ class Static(NamedTuple):
     reverse: bool
     return_carries: bool
     checkpoint_every: int | None
+    sharded: bool
 
 
 def unroll(
@@ -147,7 +149,8 @@ def unroll(
             cell, params, xs, carry, fresh, return_carries=return_carries
         )
     layout = _layout(cell, loop)
-    static = Static(cell, layout, reverse, return_carries, checkpoint_every)
+    sharded = may_be_sharded()
+    static = Static(cell, layout, reverse, return_carries, checkpoint_every, sharded)
     return _run(static, *_split(loop))
 
 
@@ -715,6 +718,12 @@ def _pull_mix(
 
 
 def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
+    # Where that is known, it was known when the outputs were computed.
+    with contextlib.nullcontext() if static.sharded else rows_in_one_place():
+        return _backward(static, saved, cotangents)
+
+
+def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple:
     cell, layout = static.cell, static.layout
     loop, stored = saved
     dys, dcarry, dcarries = (smooth_leaves(tree) for tree in cotangents)

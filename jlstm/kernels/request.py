@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
@@ -53,8 +56,23 @@ class Request(NamedTuple):
 UNKNOWN = Request()
 
 
+_in_one_place = ContextVar("in_one_place", default=False)
+
+
+@contextlib.contextmanager
+def rows_in_one_place() -> Iterator[None]:
+    """Says of what is traced inside that no batch is cut over devices."""
+    token = _in_one_place.set(True)
+    try:
+        yield
+    finally:
+        _in_one_place.reset(token)
+
+
 def may_be_sharded() -> bool:
     """Whether the batch may be cut over devices, so that a reshape would gather it."""
+    if _in_one_place.get():
+        return False
     mesh = jax.sharding.get_abstract_mesh()
     manual = bool(mesh.axis_names) and set(mesh.axis_names) == set(mesh.manual_axes)
     return jax.device_count() > 1 and not manual

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import flax.struct
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from jlstm.kernels.request import rows_in_one_place
 from jlstm.train.losses import Mean
 from jlstm.train.step import Aux, LossFn
 from jlstm.types import Array, PyTree
@@ -103,7 +105,9 @@ def data_parallel(loss_fn: LossFn, devices: int) -> LossFn:
             parts.append(sharded(params, *cut(None, even), some))
         if even < rows:
             last = None if keys is None else keys[-1:]
-            parts.append(part(params, *cut(even, None), last))
+            alone = contextlib.nullcontext() if even else rows_in_one_place()
+            with alone:
+                parts.append(part(params, *cut(even, None), last))
         sums, carries = zip(*parts, strict=True)
         sums, carry = (
             jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
