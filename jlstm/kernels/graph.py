@@ -379,6 +379,8 @@ def _operation(graph: Graph, eqn: Any) -> Callable:
         return lambda a, b: node({"lt": "gt", "le": "ge"}[name], b, a)
     if name == "not":
         return lambda a: node("sub", one, a)
+    if name == "one_minus_square":  # in the derivative of tanh, since JAX 0.12
+        return lambda a: node("sub", one, node("mul", a, a))
     if name == "square":
         return lambda a: node("mul", a, a)
     if name == "rsqrt":

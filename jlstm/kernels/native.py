@@ -289,7 +289,8 @@ def _forward_in_blocks(static: Static, args: Args, flags: Flags) -> tuple[Out, C
         )
         return out._replace(ys=ys), kept
 
-    ys = jnp.zeros((*args.xs.shape[:2], args.w_hh.shape[0]), np.float32)
+    shape = (*args.xs.shape[:2], args.w_hh.shape[0])
+    ys = library.memory(jax.ShapeDtypeStruct(shape, np.float32))
     count = -(-time // every)
     kept = Carries(*(jnp.zeros((count, *x.shape), x.dtype) for x in (args.h, args.c)))
     state = Out(ys, args.h, args.c), kept
@@ -314,7 +315,8 @@ def _backward_in_blocks(
         return added._replace(xs=dxs, h=new.h, c=new.c)
 
     sums = jax.tree.map(jnp.zeros_like, args)
-    sums = sums._replace(h=cotangents.h, c=cotangents.c)
+    dxs = library.memory(args.xs)  # all of it is written
+    sums = sums._replace(xs=dxs, h=cotangents.h, c=cotangents.c)
     return _over_blocks(static, args.xs.shape[1], run, sums, backward=True)
 
 
