@@ -14,7 +14,7 @@ from cases import CELLS
 from jax.ad_checkpoint import print_saved_residuals
 
 import jlstm
-from jlstm.kernels import fused, library, scan
+from jlstm.kernels import blocks, fused, layout, library, scan
 from jlstm.testing import random_like
 
 BATCH, TIME, SIZE = 2, 11, 3
@@ -103,7 +103,7 @@ def test_values_alone_equal_those_of_scan(cell, reverse, time):
 
 def test_cells_that_cut_what_they_read_are_told_apart():
     def cuts(update):
-        return fused._begins_by_cutting(
+        return layout.begins_by_cutting(
             lambda zx, zh: update(zx, zh), (jnp.ones((2, 4)),) * 2
         )
 
@@ -124,7 +124,7 @@ def test_steps_taken_as_one_batch_give_the_gradients_of_scan(cell, one_batch):
 def test_blocks_join_without_a_seam(time, reverse, one_batch, monkeypatch):
     monkeypatch.setattr(fused, "BYTES", 1)
     options = {"batch": 3, "time": time, "reverse": reverse, "return_carries": True}
-    assert len(fused.segments(time, fused.STEPS)) == (1 if time == 32 else 2)
+    assert len(blocks.segments(time, fused.STEPS)) == (1 if time == 32 else 2)
     cell = jlstm.GRU(2, reset_after=False)
     close(results(fused, cell, **options), results(scan, cell, **options))
 
@@ -181,14 +181,13 @@ def test_checkpoint_every_is_refused_by_name(value):
         jlstm.RNN(jlstm.LSTM(3), checkpoint_every=value)
 
 
-def layout(cell):
+def layout_of(cell):
     xs = jnp.zeros((BATCH, TIME, SIZE))
     params = cell.init(KEY, xs[:, 0])
     carry = cell.init_carry(params, (BATCH,))
-    loop = fused.Loop(params, carry, carry, fused.Steps(xs, None, None))
-    found = fused._layout(cell, loop)
-    step = fused._first_step(cell, loop)
-    kept = fused._update(cell, found, params, step)[1]
+    step = layout.first_step(cell, params, carry, xs)
+    found = layout.find(cell, params, step)
+    kept = layout.update(cell, found, params, step)[1]
     return found, [leaf.shape for leaf in found.store(kept)]
 
 
@@ -203,16 +202,21 @@ def layout(cell):
     ids=repr,
 )
 def test_what_is_stored_of_a_step_is_as_little_as_can_be(cell, count):
-    shapes = layout(cell)[1]
+    shapes = layout_of(cell)[1]
     assert shapes == [(BATCH, 4)] * count
 
 
 def test_what_update_reads_is_found():
-    vector = layout(Peephole(4))[0]
+    vector = layout_of(Peephole(4))[0]
     assert (vector.vectors, vector.matrices) == ((0,), ())
-    matrix = layout(jlstm.GRU(4, reset_after=False))[0]
+    matrix = layout_of(jlstm.GRU(4, reset_after=False))[0]
     assert (len(matrix.vectors), len(matrix.matrices)) == (0, 1)
-    assert layout(jlstm.LSTM(4))[0].matrices == ()
+    assert layout_of(jlstm.LSTM(4))[0].matrices == ()
+
+
+def test_one_cotangent_is_computed_where_only_the_sum_is_read():
+    assert layout_of(jlstm.LSTM(4))[0].dzx_is_dzh
+    assert not layout_of(jlstm.GRU(4))[0].dzx_is_dzh
 
 
 @pytest.mark.parametrize("name", ["jlstm_carry", "jlstm_zx"])

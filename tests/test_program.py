@@ -19,6 +19,7 @@ from jlstm import door
 from jlstm.bench.cases import MGU
 from jlstm.kernels import Request, fused, library, product, program, scan
 from jlstm.kernels.graph import Unsuited
+from jlstm.kernels.loops import Span, Steps
 
 pytestmark = pytest.mark.skipif(
     library.why_not() is not None, reason=str(library.why_not())
@@ -49,15 +50,15 @@ def turn(tree):
 def run(step, fixed, state, inputs, *, reverse=False):
     """Runs a step ``(fixed, state, input) -> (state, out)`` over ``[T, B, ...]``."""
 
-    def whole(fixed, state, sums, inputs, kept):
+    def whole(fixed, state, sums, inputs, kept, stored):
         state, out = step(fixed, state, inputs)
-        return state, sums, out, ()
+        return state, sums, out, (), ()
 
     first = jax.tree.map(lambda leaf: leaf[0], inputs)
-    loop = program.bind(whole, fixed, program.Steps(state, (), first, ()))
-    span = program.Span(jax.tree.leaves(inputs)[0].shape[0], reverse)
-    steps = program.Steps(state, (), turn(inputs), ())
-    state, _, outs, _ = jax.jit(lambda steps: loop(steps, (), span))(steps)
+    loop = program.bind(whole, fixed, Steps(state, inputs=first))
+    span = Span(jax.tree.leaves(inputs)[0].shape[0], reverse)
+    steps = Steps(state, inputs=turn(inputs))
+    state, _, outs, *_ = jax.jit(lambda steps: loop(steps, ((), ()), span))(steps)
     return state, turn(outs)
 
 

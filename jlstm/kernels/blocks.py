@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jlstm.types import PyTree
+from jlstm.types import Array, PyTree
 
 
 class Segment(NamedTuple):
@@ -31,6 +33,85 @@ def near_divisor(time: int, size: int) -> int:
         return time
     near = [n for n in range((size + 1) // 2, 2 * size + 1) if time % n == 0]
     return min(near, key=lambda n: max(n / size, size / n), default=size)
+
+
+class Place(NamedTuple):
+    """Where a block is."""
+
+    start: Any  # its first step
+    number: Any  # of blocks before it
+
+
+def over_blocks(
+    block: Callable,
+    state: PyTree,
+    cuts: list[Segment],
+    read: PyTree,
+    written: PyTree,
+    *,
+    reverse: bool,
+) -> tuple[PyTree, PyTree]:
+    """Runs ``block(state, part of read, place) -> (state, part of written)``.
+
+    Blocks are cut out of batch-major arrays and written back into such, so that no
+    array of the length of the sequence is ever transposed. What XLA steps through is, a
+    block at a time.
+    """
+    numbers = [0, *itertools.accumulate(cut.blocks for cut in cuts)]
+    for each, number in list(zip(cuts, numbers, strict=False))[:: -1 if reverse else 1]:
+
+        def body(both: tuple, place: Place, steps: int = each.steps) -> tuple:
+            state, written = both
+            part = cut(read, place.start, steps, axis=1)
+            state, done = block(state, part, place)
+            return (state, paste(written, done, place.start, axis=1)), None
+
+        blocks = jnp.arange(each.blocks, dtype=jnp.int32)
+        places = Place(each.start + each.steps * blocks, number + blocks)
+        both = (state, written)
+        if each.blocks == 1:  # a loop would only cost time to compile
+            both, _ = body(both, jax.tree.map(lambda leaf: leaf[0], places))
+        else:
+            both, _ = jax.lax.scan(body, both, places, reverse=reverse)
+        state, written = both
+    return state, written
+
+
+# Parts of the leaves of a tree, along one axis. What would be computed for negative
+# indices keeps XLA from vectorising on a CPU.
+_INDEX: dict[str, Any] = {"allow_negative_indices": False}
+
+
+def cut(tree: PyTree, start: Any, size: int, *, axis: int) -> PyTree:
+    """Takes ``size`` steps from ``start`` on."""
+
+    def cut(leaf: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis, **_INDEX)
+
+    return jax.tree.map(cut, tree)
+
+
+def paste(tree: PyTree, part: PyTree, start: Any, *, axis: int) -> PyTree:
+    """Writes a part from ``start`` on."""
+
+    def paste(leaf: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(leaf, part, start, axis, **_INDEX)
+
+    return jax.tree.map(paste, tree, part)
+
+
+def at(tree: PyTree, step: Any, *, axis: int) -> PyTree:
+    """Takes one step, without its axis."""
+
+    def at(leaf: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(leaf, step, axis, keepdims=False, **_INDEX)
+
+    return jax.tree.map(at, tree)
+
+
+def put_at(tree: PyTree, part: PyTree, step: Any) -> PyTree:
+    """Writes one step of time-major arrays."""
+    return paste(tree, jax.tree.map(lambda leaf: leaf[None], part), step, axis=0)
 
 
 def time_major(tree: PyTree) -> PyTree:

@@ -8,19 +8,20 @@ carries only the cotangent of the carry :math:`s` and writes the cotangents of
 steps of a block, taken as one batch, which XLA sees as large matrix products.
 
 The sequence runs in blocks of steps, so that what a block makes stays in the cache. The
-forward loop stores what the VJP of ``update`` holds; or, to save memory, only the carry
-before each block, and the reverse loop runs the block once more. For a policy of a
-``jax.checkpoint`` around the call, these carries have the name ``jlstm_carry``, and
-:math:`z^x` has ``jlstm_zx``, unless each step computes its own.
+forward loop stores what the VJP of ``update`` holds (:mod:`jlstm.kernels.layout`); or,
+to save memory, only the carry before each block, and the reverse loop runs the block
+once more. For a policy of a ``jax.checkpoint`` around the call, these carries have the
+name ``jlstm_carry``, and :math:`z^x` has ``jlstm_zx``, unless each step computes its
+own.
 
 On a CPU the steps of a block are :mod:`jlstm.kernels.program`'s where they can be; else
-their products with weights are :mod:`jlstm.kernels.product`'s.
+they are a ``lax.scan`` (:mod:`jlstm.kernels.loops`), whose products with weights are
+:mod:`jlstm.kernels.product`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,10 +33,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from jlstm.cells.wrappers import prepare
-from jlstm.kernels import library, product, program, recipes, scan
-from jlstm.kernels.blocks import Segment, near_divisor, segments, time_major
+from jlstm.kernels import blocks, library, loops, product, program, scan
+from jlstm.kernels import layout as layouts
+from jlstm.kernels.blocks import Place, time_major
 from jlstm.kernels.graph import Unsuited
-from jlstm.kernels.recipes import Recipe
+from jlstm.kernels.layout import Kept, Layout, Step, split
+from jlstm.kernels.loops import Loop, Span, Steps
 from jlstm.kernels.request import Request, may_be_sharded, rows_in_one_place
 from jlstm.types import (
     PARTS,
@@ -44,7 +47,6 @@ from jlstm.types import (
     PyTree,
     common_dtype,
     gated,
-    is_inexact,
     join,
     smooth_leaves,
     where_rows,
@@ -84,13 +86,12 @@ def _why_unsuited(cell: Cell, xs: PyTree) -> str | None:
         xs = jax.ShapeDtypeStruct((2, 2, *features), np.float32)
 
     def bind(xs: PyTree) -> None:
-        params = cell.init(jax.random.key(0), _at(xs, 0, 1))
+        params = cell.init(jax.random.key(0), blocks.at(xs, 0, axis=1))
         params, xs = prepare(cell, params, xs)
         carry = cell.init_carry(params, jax.tree.leaves(xs)[0].shape[:1])
-        loop = Loop(params, carry, carry, Steps(xs, None, None))
-        static = Static(cell, _layout(cell, loop), False, False, None, False)
-        make = partial(_forward_step, static, loop, keep=True, outputs=True)
-        program.bind(*make(projects=False))
+        given = Given(params, carry, carry, Sequence(xs, None, None))
+        static = _static(cell, given)
+        program.bind(*_forward_step(static, given, keep=True, projects=False))
 
     try:
         jax.eval_shape(bind, xs)
@@ -101,21 +102,26 @@ def _why_unsuited(cell: Cell, xs: PyTree) -> str | None:
     return None
 
 
-class Steps(NamedTuple):
-    """What the loop reads at each step, ``[B, T, ...]``; XLA's, ``[T, B, ...]``."""
+class Sequence(NamedTuple):
+    """What the loop reads at each step, ``[B, T, ...]``."""
 
     xs: PyTree
     mask: Array | None
     resets: Array | None
 
 
-class Loop(NamedTuple):
+class Given(NamedTuple):
     """The arguments of the loop, as one pytree."""
 
     params: PyTree
     carry: PyTree  # [B, ...]
     fresh: PyTree  # [B, ...]
-    steps: Steps
+    sequence: Sequence
+
+    @property
+    def time(self) -> int:
+        """How many steps."""
+        return jax.tree.leaves(self.sequence.xs)[0].shape[1]
 
 
 class Static(NamedTuple):
@@ -123,10 +129,15 @@ class Static(NamedTuple):
 
     cell: Any
     layout: Layout
+    block: int  # its steps
     reverse: bool
     return_carries: bool
     checkpoint_every: int | None
     sharded: bool
+
+    def segments(self, time: int) -> list[blocks.Segment]:
+        """The blocks of a sequence."""
+        return blocks.segments(time, self.checkpoint_every or self.block)
 
 
 def unroll(
@@ -143,29 +154,48 @@ def unroll(
     checkpoint_every: int | None = None,
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Runs a gated cell over a sequence; see :func:`jlstm.kernels.scan.unroll`."""
-    loop = Loop(params, carry, fresh, Steps(xs, mask, resets))
-    if not _time(loop):
+    given = Given(params, carry, fresh, Sequence(xs, mask, resets))
+    if not given.time:
         return scan.unroll(
             cell, params, xs, carry, fresh, return_carries=return_carries
         )
-    layout = _layout(cell, loop)
-    sharded = may_be_sharded()
-    static = Static(cell, layout, reverse, return_carries, checkpoint_every, sharded)
-    return _run(static, *_split(loop))
+    static = _static(
+        cell,
+        given,
+        reverse=reverse,
+        return_carries=return_carries,
+        checkpoint_every=checkpoint_every,
+    )
+    return _run(static, *split(given))
 
 
-def _time(loop: Loop) -> int:
-    return jax.tree.leaves(loop.steps.xs)[0].shape[1]
+def _static(
+    cell: Any,
+    given: Given,
+    *,
+    reverse: bool = False,
+    return_carries: bool = False,
+    checkpoint_every: int | None = None,
+) -> Static:
+    first = _abstract_step(cell, given)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(first.zx))
+    return Static(
+        cell=cell,
+        layout=layouts.find(cell, given.params, first),
+        block=blocks.near_divisor(given.time, max(STEPS, BYTES // max(1, size))),
+        reverse=reverse,
+        return_carries=return_carries,
+        checkpoint_every=checkpoint_every,
+        sharded=may_be_sharded(),
+    )
 
 
-# Integers (a step counter in the carry, token ids in xs) have no cotangent. A tree is
-# therefore split in two of the same structure, with None in each where the other has a
-# leaf: None is an empty subtree, so that vjp, scan and vmap never meet such leaves.
+def _first_step(cell: Any, given: Given) -> Step:
+    return layouts.first_step(cell, given.params, given.carry, given.sequence.xs)
 
 
-def _split(tree: PyTree) -> tuple[PyTree, PyTree]:
-    rest = jax.tree.map(lambda leaf: None if is_inexact(leaf) else leaf, tree)
-    return smooth_leaves(tree), rest
+def _abstract_step(cell: Any, given: Given) -> Step:
+    return jax.eval_shape(partial(_first_step, cell), given)
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:
@@ -173,271 +203,56 @@ def _add(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), a, b)
 
 
-# One step. What the forward loop stores of it: the arrays that the VJP of update
-# holds, and the carry before the step. An array that is there twice is stored once, and
-# one that is made of params alone is made again.
-
-
-class Step(NamedTuple):
-    """The arguments of ``update`` beside the params."""
-
-    carry: PyTree
-    zx: PyTree
-    zh: PyTree
-
-
-class Kept(NamedTuple):
-    """What the reverse loop needs of a step."""
-
-    pull: Callable  # the VJP of update
-    step: Step  # None where it is not read
-
-
-class Layout(NamedTuple):
-    """What the parts of a cell read and keep, found by tracing one step."""
-
-    vectors: tuple[int, ...]  # params that update reads, summed step by step
-    matrices: tuple[int, ...]  # the same, but summed over a block at once
-    mix_reads_zx: bool
-    update_cuts_zx: bool  # rather than to begin by arithmetic on all of it
-    steps: int  # of a block
-    equal: tuple[int, ...] = ()  # for each leaf of Kept, the first that is the same
-    stored: tuple[int, ...] = ()  # leaves of Kept
-    made: tuple[Recipe, ...] = ()  # other leaves, from those
-
-    def store(self, kept: Kept) -> list[Array]:
-        """Picks the leaves to store."""
-        leaves = jax.tree.leaves(kept)
-        stored = (leaves[i] for i in self.stored)
-        return [
-            leaf.astype(np.float32) if leaf.dtype == bool else leaf for leaf in stored
-        ]
-
-    def restore(self, stored: list[Array], like: Kept, *, whole: bool = True) -> Kept:
-        """Puts the stored leaves back; the others come from ``like``.
-
-        Unless the whole is wanted, only ``step`` counts.
-        """
-        leaves, tree = jax.tree.flatten(like)
-        for i, leaf in zip(self.stored, stored, strict=True):
-            leaves[i] = leaf != 0 if leaves[i].dtype == bool else leaf
-        found = set(self.stored)
-        for recipe in self.made if whole else ():
-            leaves[recipe.made] = recipe(leaves)
-            found.add(recipe.made)
-        for i, first in enumerate(self.equal):
-            if first in found:
-                leaves[i] = leaves[first]
-        return tree.unflatten(leaves)
-
-
-def _begins_by_cutting(fun: Callable, args: tuple) -> bool:
-    """Whether ``fun`` begins by taking parts of its first argument."""
-    jaxpr = jax.make_jaxpr(fun)(*args).jaxpr
-    given = set(map(id, jaxpr.invars[: len(jax.tree.leaves(args[0]))]))
-    cutting = {"slice", "split", "dynamic_slice", "gather"}
-    return any(
-        eqn.primitive.name in cutting and id(eqn.invars[0]) in given
-        for eqn in jaxpr.eqns
-    )
-
-
-def _first_step(cell: Any, loop: Loop) -> Step:
-    x = jax.tree.map(lambda leaf: leaf[:, 0], loop.steps.xs)
-    zx = cell.project(loop.params, x)
-    return Step(loop.carry, zx, cell.mix(loop.params, loop.carry, zx))
-
-
-def _update(cell: Any, layout: Layout, params: PyTree, step: Step) -> tuple:
-    """Runs ``update`` and its VJP for the vectors and the smooth part of the step."""
-    smooth, rest = _split(step)
-
-    def update(vectors: list[Array], smooth: Step) -> tuple[PyTree, PyTree]:
-        replaced = _put(params, layout.vectors, vectors)
-        return _split(cell.update(replaced, *join(smooth, rest)))
-
-    vectors = _take(params, layout.vectors)
-    out, pull, out_rest = jax.vjp(update, vectors, smooth, has_aux=True)
-    zx = step.zx if layout.mix_reads_zx or layout.matrices else None
-    zh = step.zh if layout.matrices else None
-    return join(out, out_rest), Kept(pull, Step(step.carry, zx, zh))
-
-
-def _take(params: PyTree, places: tuple[int, ...]) -> list[Array]:
-    leaves = jax.tree.leaves(params)
-    return [leaves[place] for place in places]
-
-
-def _put(params: PyTree, places: tuple[int, ...], values: list[Array]) -> PyTree:
-    leaves, tree = jax.tree.flatten(params)
-    for place, value in zip(places, values, strict=True):
-        leaves[place] = value
-    return tree.unflatten(leaves)
-
-
 def _add_at(
     tree: PyTree, places: tuple[int, ...], values: list[Array], rest: PyTree
 ) -> PyTree:
     """Adds values to some leaves of a tree whose other part is ``rest``."""
     whole = join(tree, rest)
-    return smooth_leaves(_put(whole, places, _add(_take(whole, places), values)))
+    values = _add(layouts.take(whole, places), values)
+    return smooth_leaves(layouts.put(whole, places, values))
 
 
-def _layout(cell: Any, loop: Loop) -> Layout:
-    params, step = loop.params, jax.eval_shape(partial(_first_step, cell), loop)
-    leaves = jax.tree.leaves(params)
-    largest = max((leaf.size for leaf in jax.tree.leaves(step.carry)), default=0)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.zx))
-
-    def reads(places: list[int]) -> bool:
-        def update(values: list[Array], fixed: tuple) -> PyTree:
-            return cell.update(_put(fixed[0], tuple(places), values), *fixed[1])
-
-        return any(_varying(update, [leaves[i] for i in places], (params, step)))
-
-    def mix(zx: PyTree, fixed: tuple) -> PyTree:
-        return cell.mix(*fixed, zx)
-
-    read = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
-    # Most cells read none: one question instead of one for each.
-    read = [i for i in read if reads([i])] if reads(read) else []
-    small = [leaf.ndim < 2 or leaf.size <= largest for leaf in leaves]
-    layout = Layout(
-        vectors=tuple(i for i in read if small[i]),
-        matrices=tuple(i for i in read if not small[i]),
-        mix_reads_zx=any(_varying(mix, step.zx, (params, step.carry))),
-        update_cuts_zx=_begins_by_cutting(
-            lambda zx, params, step: cell.update(params, step.carry, zx, step.zh),
-            (step.zx, params, step),
-        ),
-        steps=near_divisor(_time(loop), max(STEPS, BYTES // max(1, size))),
-    )
-    names: list[int] = []
-
-    def kept(step: Step, params: PyTree) -> Kept:
-        kept = _update(cell, layout, params, step)[1]
-        names[:] = map(id, jax.tree.leaves(kept))
-        return kept
-
-    moves = _varying(kept, step, params)
-    equal = tuple(names.index(name) for name in names)
-    moving = [i for i in dict.fromkeys(equal) if moves[i]]
-    # The step itself is read apart from the others too.
-    size = len(jax.tree.leaves(jax.eval_shape(kept, step, params).step))
-    of_step = {i for i in equal[len(equal) - size :] if i in moving}
-
-    def arrays(step: Step, params: PyTree) -> list[Array]:
-        leaves = jax.tree.leaves(kept(step, params))
-        return [leaves[i] for i in moving]
-
-    found = recipes.find(arrays, (step, params), {moving.index(i) for i in of_step})
-    made = [
-        each._replace(made=moving[each.made], of=tuple(moving[i] for i in each.of))
-        for each in found
-    ]
-    again = {each.made for each in made}
-    stored = tuple(i for i in moving if i not in again)
-    return layout._replace(equal=equal, stored=stored, made=tuple(made))
+def _wide_zeros(leaf: Array) -> Array:
+    return jnp.zeros_like(leaf, dtype=common_dtype(leaf.dtype, jnp.float32))
 
 
-def _varying(fun: Callable, moving: PyTree, fixed: PyTree) -> list[bool]:
-    """Tells which leaves of ``fun(moving, fixed)`` depend on ``moving``.
-
-    vmap knows: what depends on no mapped argument is not mapped.
-    """
-    flags: list[bool] = []
-
-    def row(moving: PyTree, fixed: PyTree) -> tuple:
-        kinds = tuple({type(leaf) for leaf in jax.tree.leaves(moving)})
-        # A copy, since some calls wrap results that are not mapped as well.
-        results = map(jnp.copy, jax.tree.leaves(fun(moving, fixed)))
-        flags.extend(isinstance(leaf, kinds) for leaf in results)
-        return ()
-
-    def probe(moving: PyTree, fixed: PyTree) -> None:
-        moving = jax.tree.map(lambda leaf: leaf[None], moving)
-        jax.vmap(lambda moving: row(moving, fixed), axis_size=1)(moving)
-
-    jax.eval_shape(probe, moving, fixed)
-    return flags
+# Where loops run, and what they write to.
 
 
-# Blocks of steps.
+def _here() -> Request:
+    return Request(platform=jax.default_backend(), sharded=may_be_sharded())
 
 
-def _segments(static: Static, loop: Loop) -> list[Segment]:
-    return segments(_time(loop), static.checkpoint_every or static.layout.steps)
+def _bind(
+    step: Callable, fixed: PyTree, example: Steps, *, ahead: bool = False
+) -> Loop:
+    """Binds a step: in C++ if it can be."""
+    if product.why_not(_here()) is None:
+        with contextlib.suppress(Unsuited):
+            return program.bind(step, fixed, example)
+    run = product.with_weights(step, fixed, *example)
+    return loops.Scan(run, ahead=ahead and jax.default_backend() == "cpu")
 
 
-class Place(NamedTuple):
-    """Where a block is."""
+def _buffers(like: PyTree, time: int, axis: int) -> PyTree:
+    """Makes arrays to be written: like ``[B, ...]``, with an axis of time."""
 
-    start: Array  # its first step
-    number: Array  # of blocks before it
+    def buffer(leaf: Any) -> Any:
+        def longer(sizes: Any, size: int | None) -> tuple:
+            return (*sizes[:axis], size, *sizes[axis:])
 
+        shape, sharding = longer(leaf.shape, time), jax.typeof(leaf).sharding
+        if in_cpp:
+            return jax.ShapeDtypeStruct(shape, leaf.dtype)
+        array = jnp.zeros(shape, leaf.dtype)
+        if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+            return array
+        spec = PartitionSpec(*longer(sharding.spec, None))
+        return jax.sharding.reshard(array, spec)
 
-def _over_blocks(
-    block: Callable,
-    state: PyTree,
-    cuts: list[Segment],
-    read: PyTree,
-    written: PyTree,
-    *,
-    reverse: bool,
-) -> tuple[PyTree, PyTree]:
-    """Runs ``block(state, part of read, place) -> (state, part of written)``.
-
-    Blocks are cut out of batch-major arrays and written back into such, so that no
-    array of the length of the sequence is ever transposed. What XLA steps through is, a
-    block at a time.
-    """
-    numbers = [0, *itertools.accumulate(cut.blocks for cut in cuts)]
-    for cut, number in list(zip(cuts, numbers, strict=False))[:: -1 if reverse else 1]:
-
-        def body(both: tuple, place: Place, steps: int = cut.steps) -> tuple:
-            state, written = both
-            part = _cut(read, place.start, steps, axis=1)
-            state, done = block(state, part, place)
-            return (state, _paste(written, done, place.start, 1)), None
-
-        blocks = jnp.arange(cut.blocks, dtype=jnp.int32)
-        places = Place(cut.start + cut.steps * blocks, number + blocks)
-        both = (state, written)
-        if cut.blocks == 1:  # a loop would only cost time to compile
-            both, _ = body(both, jax.tree.map(lambda leaf: leaf[0], places))
-        else:
-            both, _ = jax.lax.scan(body, both, places, reverse=reverse)
-        state, written = both
-    return state, written
-
-
-# What would be computed for negative indices keeps XLA from vectorising on a CPU.
-_INDEX: dict[str, Any] = {"allow_negative_indices": False}
-
-
-def _cut(tree: PyTree, start: Any, size: int, *, axis: int = 0) -> PyTree:
-    def cut(leaf: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis, **_INDEX)
-
-    return jax.tree.map(cut, tree)
-
-
-def _paste(tree: PyTree, part: PyTree, start: Any, axis: int = 0) -> PyTree:
-    def paste(leaf: Array, part: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(leaf, part, start, axis, **_INDEX)
-
-    return jax.tree.map(paste, tree, part)
-
-
-def _at(tree: PyTree, step: Any, axis: int = 0) -> PyTree:
-    def at(leaf: Array) -> Array:
-        return jax.lax.dynamic_index_in_dim(leaf, step, axis, keepdims=False, **_INDEX)
-
-    return jax.tree.map(at, tree)
-
-
-def _put_at(tree: PyTree, part: PyTree, step: Any) -> PyTree:
-    return _paste(tree, jax.tree.map(lambda leaf: leaf[None], part), step)
+    in_cpp = product.why_not(_here()) is None
+    buffers = jax.tree.map(buffer, like)
+    return library.memory(buffers) if in_cpp else buffers
 
 
 def _over_steps(fun: Callable, params: PyTree, steps: PyTree, axis: int) -> PyTree:
@@ -462,259 +277,165 @@ def _over_steps(fun: Callable, params: PyTree, steps: PyTree, axis: int) -> PyTr
     return jax.vmap(fun, in_axes=(None, axis), out_axes=axis)(params, steps)
 
 
-# The loop.
+# The forward loop.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(static: Static, smooth: Loop, rest: Loop) -> tuple:
+def _run(static: Static, smooth: Given, rest: Given) -> tuple:
     return _forward(static, join(smooth, rest), keep=False)[0]
 
 
-def _in_cpp(step: Callable, fixed: PyTree, steps: program.Steps) -> Any:
-    """The loop over the steps of a block in C++, if there can be one."""
-    if product.why_not(_here()) is not None:
-        return None
-    try:
-        return program.bind(step, fixed, steps)
-    except Unsuited:
-        return None
+def _run_fwd(static: Static, smooth: Given, rest: Given) -> tuple:
+    given = join(smooth, rest)
+    out, stored = _forward(static, given, keep=True)
+    return out, (given, stored)
 
 
-def _here() -> Request:
-    return Request(platform=jax.default_backend(), sharded=may_be_sharded())
+def _forward(static: Static, given: Given, *, keep: bool) -> tuple:
+    """Returns the results, and what is stored, by the axis of time of its loop."""
+    whole = static.checkpoint_every is None
+    forward = _Forward(static, given, keep=keep and whole)
+
+    def block(state: tuple, xs: PyTree, place: Place) -> tuple:
+        before, written, stored = state
+        part = stored if whole else []
+        carry, written, part = forward(before, xs, written, part, place.start)
+        if whole:
+            stored = part
+        elif keep:
+            stored = blocks.put_at(stored, before, place.number)
+        return (carry, written, stored), None
+
+    cuts, time = static.segments(given.time), given.time
+    new, y, kept = _results(static, given)
+    stored = []
+    if keep and whole:
+        stored = _buffers(kept, time, forward.axis)
+    elif keep:
+        stored = _buffers(new, sum(cut.blocks for cut in cuts), 0)
+    written = _buffers((y, new if static.return_carries else None), time, 1)
+    state = (given.carry, written, stored)
+    xs, reverse = given.sequence.xs, static.reverse
+    state, _ = blocks.over_blocks(block, state, cuts, xs, None, reverse=reverse)
+    carry, (ys, carries), stored = state
+    return (ys, carry, carries), {forward.axis: stored}
 
 
-class Runner(NamedTuple):
+def _results(static: Static, given: Given) -> tuple[PyTree, PyTree, list]:
+    """The carry and the output that a step returns, and what is stored of it."""
+
+    def step(given: Given) -> tuple:
+        first = _first_step(static.cell, given)
+        out, kept = layouts.update(static.cell, static.layout, given.params, first)
+        return *out, static.layout.store(kept)
+
+    return jax.eval_shape(step, given)
+
+
+class _Forward:
     """Runs the steps of a block, with params that are bound once before all blocks.
 
-    ``run(carry, steps, to, stored, start, write) -> (carry, to, stored)`` takes a block
-    of ``steps``, which begins at step ``start``. It writes what the steps return into
-    the arrays ``to``, and what is stored of them into ``stored``, from ``write`` on.
+    Args:
+      static: what is known when the loop is traced.
+      given: the arguments of the loop.
+      keep: stores what the reverse loop needs.
+      outputs: writes what a user gets.
     """
 
-    run: Callable
-    in_cpp: bool
+    def __init__(
+        self, static: Static, given: Given, *, keep: bool, outputs: bool = True
+    ):
+        self.static, self.given, self.outputs = static, given, outputs
+        make = partial(_forward_step, static, given, keep=keep, outputs=outputs)
+        self.projects = _small_projection(static.cell, given)
+        if self.projects:
+            self.loop = _bind(*make(projects=True))
+            self.projects = isinstance(self.loop, program.Program)
+        if not self.projects:
+            ahead = static.layout.update_cuts_zx and not keep
+            self.loop = _bind(*make(projects=False), ahead=ahead)
+        self.axis = self.loop.axis
+
+    def __call__(
+        self,
+        carry: PyTree,
+        xs: PyTree,
+        written: PyTree,
+        stored: PyTree,
+        read: Any,
+        write: Any = None,
+    ) -> tuple:
+        """Runs steps from ``read`` on: ``(carry, written, stored)``.
+
+        Args:
+          carry: the carry before them.
+          xs: their inputs.
+          written: arrays for the outputs, and the carries.
+          stored: arrays for what is stored, written from ``write`` on.
+          read: the number of the first step.
+          write: the same unless given.
+        """
+        carry = checkpoint_name(carry, "jlstm_carry")
+        time = jax.tree.leaves(xs)[0].shape[1]
+        whole, *kept = self.given.sequence
+        inputs: tuple = ()
+        if self.projects:
+            kept.append(whole)
+        else:
+            xs = xs if self.axis else time_major(xs)
+            project = self.static.cell.project
+            zx = _over_steps(project, self.given.params, xs, self.axis)
+            inputs = (checkpoint_name(zx, "jlstm_zx"),)
+        steps = Steps(carry, inputs=inputs, kept=tuple(kept))
+        span = Span(time, self.static.reverse, read, read if write is None else write)
+        to = (written if self.outputs else None, stored)
+        carry, _, _, written, stored = self.loop(steps, to, span)
+        return carry, written, stored
 
 
 def _forward_step(
-    static: Static, loop: Loop, *, keep: bool, outputs: bool, projects: bool
+    static: Static, given: Given, *, keep: bool, outputs: bool = True, projects: bool
 ) -> tuple:
     """A step, what is the same for all steps, and arguments like those to come."""
     cell, layout = static.cell, static.layout
 
     def step(
-        fixed: tuple,
-        carry: PyTree,
-        sums: PyTree,
-        inputs: tuple,
-        kept: tuple,
-        mix: Any = None,
+        fixed: tuple, carry: PyTree, sums: tuple, inputs: tuple, kept: tuple, _: tuple
     ) -> tuple:
         params, fresh = fixed
         valid, reset, *x = kept
         zx = cell.project(params, x[0]) if projects else inputs[0]
         if reset is not None:
             carry = where_rows(reset, fresh, carry)
-        zh = cell.mix(params, carry, zx) if mix is None else mix(carry, zx)
-        now, stored = Step(carry, zx, zh), []
+        now, stored = Step(carry, zx, cell.mix(params, carry, zx)), []
         if keep:
-            (new, y), all_kept = _update(cell, layout, params, now)
+            (new, y), all_kept = layouts.update(cell, layout, params, now)
             stored = layout.store(all_kept)
         else:
             new, y = cell.update(params, *now)
         if valid is not None:
             new, y = where_rows(valid, new, carry), zero_rows(valid, y)
-        outs = (y, new if static.return_carries else None) if outputs else None
-        return new, sums, None, (outs, stored)
+        written = (y, new if static.return_carries else None) if outputs else None
+        return new, sums, None, written, stored
 
-    first = jax.eval_shape(partial(_first_step, cell), loop)
-    xs, *flags = _at(tuple(loop.steps), 0, 1)
-    kept, inputs = (*flags, xs) if projects else tuple(flags), (first.zx,)
-    example = program.Steps(loop.carry, (), () if projects else inputs, kept)
-    return step, (loop.params, loop.fresh), example
+    xs, *flags = blocks.at(tuple(given.sequence), 0, axis=1)
+    kept, inputs = (*flags, xs), ()
+    if not projects:
+        kept, inputs = tuple(flags), (_abstract_step(cell, given).zx,)
+    example = Steps(given.carry, inputs=inputs, kept=kept)
+    return step, (given.params, given.fresh), example
 
 
-def _small_projection(loop: Loop, first: Step) -> bool:
+def _small_projection(cell: Any, given: Given) -> bool:
     """Whether steps may project their inputs themselves."""
-    if jax.tree.leaves(first.zx)[0].shape[0] < FEW_ROWS:
+    zx = jax.tree.leaves(_abstract_step(cell, given).zx)
+    if zx[0].shape[0] < FEW_ROWS:
         return False
-    xs, zx = (jax.tree.leaves(tree) for tree in (loop.steps.xs, first.zx))
-    features = sum(leaf[0, 0].size for leaf in xs)
+    features = sum(leaf[0, 0].size for leaf in jax.tree.leaves(given.sequence.xs))
     return features * sum(leaf.size // leaf.shape[0] for leaf in zx) <= SMALL
 
 
-def _forward_loop(
-    static: Static, loop: Loop, *, keep: bool, outputs: bool = True
-) -> Runner:
-    cell, layout, reverse = static.cell, static.layout, static.reverse
-    first = jax.eval_shape(partial(_first_step, cell), loop)
-    make = partial(_forward_step, static, loop, keep=keep, outputs=outputs)
-    for projects in (True, False):
-        if projects and not _small_projection(loop, first):
-            continue
-        in_cpp = _in_cpp(*make(projects=projects))
-        if in_cpp is not None:
-            break
-
-    def project(steps: Steps, axis: int) -> PyTree:
-        zx = _over_steps(cell.project, loop.params, steps.xs, axis)
-        return checkpoint_name(zx, "jlstm_zx")
-
-    if in_cpp is not None:
-
-        def run(
-            carry: PyTree, steps: Steps, to: Any, stored: Any, start: Any, write: Any
-        ) -> tuple:
-            carry = checkpoint_name(carry, "jlstm_carry")
-            time = jax.tree.leaves(steps.xs)[0].shape[1]
-            xs, *kept = loop.steps
-            inputs: tuple = ()
-            if projects:
-                kept.append(xs)
-            else:
-                inputs = (project(steps, 1),)
-            whole = program.Steps(carry, (), inputs, tuple(kept))
-            span = program.Span(time, reverse, start, write)
-            written = (to if outputs else None, stored if keep else [])
-            carry, _, _, (to, made) = in_cpp(whole, written, span)
-            return carry, to, made if keep else stored
-
-        return Runner(run, in_cpp=True)
-
-    step, fixed, _ = make(projects=False)
-    mix = product.with_weights(cell.mix, loop.params, first.carry, first.zx)
-    ahead = layout.update_cuts_zx and not keep and jax.default_backend() == "cpu"
-
-    def body(state: tuple, inputs: tuple) -> tuple:
-        carry, stored, place = state
-        zx, *flags = inputs
-        carry, _, _, (outs, made) = step(fixed, carry, (), (zx,), tuple(flags), mix)
-        stored = _put_at(stored, made, place) if keep else stored
-        return (carry, stored, place + (-1 if reverse else 1)), outs
-
-    def scan_steps(
-        carry: PyTree, steps: Steps, to: Any, stored: Any, start: Any, write: Any
-    ) -> tuple:
-        carry = checkpoint_name(carry, "jlstm_carry")
-        steps = time_major(steps)
-        if reverse:
-            write = write + jax.tree.leaves(steps.xs)[0].shape[0] - 1
-        state = (carry, stored, jnp.asarray(write, jnp.int32))
-        inputs = (project(steps, 0), steps.mask, steps.resets)
-        scanned = _scan_ahead if ahead else jax.lax.scan
-        (carry, stored, _), outs = scanned(body, state, inputs, reverse=reverse)
-        if outputs:
-            to = _paste(to, time_major(outs), start, 1)
-        return carry, to, stored
-
-    return Runner(scan_steps, in_cpp=False)
-
-
-def _scan_ahead(
-    body: Callable, carry: PyTree, xs: PyTree, *, reverse: bool
-) -> tuple[PyTree, PyTree]:
-    """``lax.scan``, where each step reads the inputs of the next.
-
-    XLA fuses the reading of inputs with the first use of them. Where that use is a cut,
-    such a fusion is not vectorised on a CPU: a GRU took twice as long.
-    """
-    count = jax.tree.leaves(xs)[0].shape[0]
-    steps = jnp.arange(count, dtype=jnp.int32)
-    following = jnp.clip(steps + (-1 if reverse else 1), 0, count - 1)
-
-    def run(state: tuple, following: Array) -> tuple[tuple, PyTree]:
-        carry, out = body(*state)
-        return (carry, _at(xs, following)), out
-
-    first = _at(xs, count - 1 if reverse else 0)
-    (carry, _), outs = jax.lax.scan(run, (carry, first), following, reverse=reverse)
-    return carry, outs
-
-
-class ByRow(NamedTuple):
-    """What is stored of all steps, ``[B, T, ...]``; XLA stores ``[T, B, ...]``."""
-
-    arrays: list[Array]
-
-
-def _forward(static: Static, loop: Loop, *, keep: bool) -> tuple:
-    whole = static.checkpoint_every is None
-    runner = _forward_loop(static, loop, keep=keep and whole)
-
-    def block(state: tuple, steps: Steps, place: Place) -> tuple:
-        before, to, stored = state
-        part, start = stored if whole else [], place.start
-        carry, to, part = runner.run(before, steps, to, part, start, start)
-        if keep:
-            stored = part if whole else _put_at(stored, before, place.number)
-        return (carry, to, stored), None
-
-    cuts, time = _segments(static, loop), _time(loop)
-    (new, y), kept = _abstract_step(static, loop)
-    stored = None
-    if keep and whole:
-        stored = _buffers(kept, time, int(runner.in_cpp))
-    elif keep:
-        stored = _buffers(new, sum(cut.blocks for cut in cuts), 0)
-    to = _buffers((y, new if static.return_carries else None), time, 1)
-    state = (loop.carry, to, stored)
-    state, _ = _over_blocks(
-        block, state, cuts, loop.steps, None, reverse=static.reverse
-    )
-    carry, (ys, carries), stored = state
-    if runner.in_cpp and keep and whole:
-        stored = ByRow(stored)
-    return (ys, carry, carries), stored
-
-
-def _abstract_step(static: Static, loop: Loop) -> tuple:
-    """What a step returns, and what is stored of it."""
-
-    def step(loop: Loop) -> tuple:
-        first = _first_step(static.cell, loop)
-        out, kept = _update(static.cell, static.layout, loop.params, first)
-        return out, static.layout.store(kept)
-
-    return jax.eval_shape(step, loop)
-
-
-def _buffers(like: PyTree, time: int, axis: int) -> PyTree:
-    """Makes arrays to be written: like ``[B, ...]``, with an axis of time."""
-
-    def buffer(leaf: Any) -> Any:
-        def longer(sizes: Any, size: int | None) -> tuple:
-            return (*sizes[:axis], size, *sizes[axis:])
-
-        shape, sharding = longer(leaf.shape, time), jax.typeof(leaf).sharding
-        if in_cpp:
-            return jax.ShapeDtypeStruct(shape, leaf.dtype)
-        array = jnp.zeros(shape, leaf.dtype)
-        if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
-            return array
-        spec = PartitionSpec(*longer(sharding.spec, None))
-        return jax.sharding.reshard(array, spec)
-
-    in_cpp = product.why_not(_here()) is None
-    buffers = jax.tree.map(buffer, like)
-    return library.memory(buffers) if in_cpp else buffers
-
-
-def _run_fwd(static: Static, smooth: Loop, rest: Loop) -> tuple:
-    loop = join(smooth, rest)
-    out, stored = _forward(static, loop, keep=True)
-    return out, (loop, stored)
-
-
-def _pull_mix(
-    cell: Any, params: PyTree, carry: PyTree, zx: PyTree, dzh: PyTree
-) -> tuple:
-    """The VJP of ``mix`` for the carry and zx, and the cotangent as it is."""
-    smooth, rest = _split((carry, zx))
-
-    def mix(smooth: tuple) -> PyTree:
-        return smooth_leaves(cell.mix(params, *join(smooth, rest)))
-
-    return jax.vjp(mix, smooth)[1](dzh)[0], dzh
+# The reverse loop.
 
 
 def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
@@ -723,36 +444,105 @@ def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
         return _backward(static, saved, cotangents)
 
 
+_run.defvjp(_run_fwd, _run_bwd)
+
+
 def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple:
     cell, layout = static.cell, static.layout
-    loop, stored = saved
+    given, stored = saved
+    ((stored_axis, stored),) = stored.items()
     dys, dcarry, dcarries = (smooth_leaves(tree) for tree in cotangents)
-    params, params_rest = _split(loop.params)
-    # Of this only the structure counts, and what is made of params alone.
-    first = _first_step(cell, loop)
-    like = _update(cell, layout, loop.params, first)[1]
-    one_buffer: list[Any] = []  # the structure of dzx, where it is dzh
+    params, params_rest = split(given.params)
+    # Of these only the structure counts, and what is made of params alone.
+    first = _first_step(cell, given)
+    like = layouts.update(cell, layout, given.params, first)[1]
+    kept_like = _results(static, given)[2]
+    again = None
+    if static.checkpoint_every is not None:
+        again = _Forward(static, given, keep=True, outputs=False)
+
+    _, *flags = given.sequence
+    kept = (*flags, dys, dcarries)
+    zeros = jax.tree.map(jnp.zeros_like, smooth_leaves(given.fresh))
+    dvectors = layouts.take(given.params, layout.vectors)
+    dvectors = [_wide_zeros(leaf) for leaf in dvectors]
+    # What a block stores when it runs again is in arrays of its own.
+    parts = (kept_like, []) if again else ([], kept_like)
+    kept_now = blocks.at(kept, 0, axis=1)
+    example = Steps((dcarry, zeros), dvectors, parts[0], kept_now, parts[1])
+    loop = _bind(_backward_step(static), (given.params, like, first.zx), example)
+    axis = loop.axis
+    if not again and stored_axis != axis:
+        stored = time_major(stored)
+
+    def block(cotangent: tuple, xs: PyTree, place: Place) -> tuple:
+        (state, dvectors), dparams = cotangent
+        time = jax.tree.leaves(xs)[0].shape[1]
+        if again:
+            made = _buffers(kept_like, time, again.axis)
+            carry = blocks.at(stored, place.number, axis=0)
+            made = again(carry, xs, None, made, place.start, 0)[2]
+            made = made if again.axis == axis else time_major(made)
+            parts = (made, [])
+        else:
+            made = blocks.cut(stored, place.start, time, axis=axis)
+            parts = ([], stored)
+        steps = Steps(state, dvectors, parts[0], kept, parts[1])
+        span = Span(time, not static.reverse, place.start)
+        state, dvectors, douts, *_ = loop(steps, ((), []), span)
+        xs = xs if axis else time_major(xs)
+        step = layout.restore(made, like, whole=False).step
+        zx = _repeat(first.zx, time, axis) if step.zx is None else step.zx
+        pull = _parts_vjp(static, given.params, xs, step._replace(zx=zx), axis)
+        added, dmatrices, dxs = pull(douts)
+        added = _add_at(added, layout.matrices, dmatrices, params_rest)
+        return (
+            ((state, dvectors), _add(dparams, added)),
+            dxs if axis else time_major(dxs),
+        )
+
+    dparams = jax.tree.map(_wide_zeros, params)
+    dxs = blocks.at(smooth_leaves(given.sequence.xs), 0, axis=1)
+    cotangent, dxs = blocks.over_blocks(
+        block,
+        (((dcarry, zeros), dvectors), dparams),
+        static.segments(given.time),
+        given.sequence.xs,
+        _buffers(dxs, given.time, 1),
+        reverse=not static.reverse,
+    )
+    ((dcarry, dfresh), dvectors), dparams = cotangent
+    dparams = _add_at(dparams, layout.vectors, dvectors, params_rest)
+    dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
+    return Given(dparams, dcarry, dfresh, Sequence(dxs, None, None)), None
+
+
+def _backward_step(static: Static) -> Callable:
+    """The step of the reverse loop, which carries the cotangents of two carries."""
+    cell, layout = static.cell, static.layout
 
     def step(
         fixed: tuple,
-        cotangent: PyTree,
+        cotangent: tuple,
         dvectors: list[Array],
-        inputs: tuple,
-        others: tuple,
-        pull_mix: Any = None,
+        made: list[Array],
+        kept: tuple,
+        stored: list[Array],
     ) -> tuple:
         params, like, first_zx = fixed
         dcarry, dfresh = cotangent
-        valid, reset, dy, dafter, *stored = others
-        (stored,) = (*inputs, *stored)
-        kept = layout.restore(stored, like)
+        valid, reset, dy, dafter = kept
+        held: Kept = layout.restore([*made, *stored], like)
         dnew = dcarry if dafter is None else _add(dcarry, dafter)
         dout = zero_rows(valid, dnew), zero_rows(valid, dy)
-        added, (dbefore, dzx, dzh) = kept.pull(dout)
-        zx = first_zx if kept.step.zx is None else kept.step.zx
-        shared = _same(dzx, dzh)
-        pull_mix = pull_mix or partial(_pull_mix, cell, params)
-        (through_mix, through_zx), dzh = pull_mix(kept.step.carry, zx, dzh)
+        added, (dbefore, dzx, dzh) = held.pull(dout)
+        carry, zx = held.step.carry, held.step.zx
+        smooth, rest = split((carry, first_zx if zx is None else zx))
+
+        def mix(smooth: tuple) -> PyTree:
+            return smooth_leaves(cell.mix(params, *join(smooth, rest)))
+
+        through_mix, through_zx = jax.vjp(mix, smooth)[1](dzh)[0]
         dbefore = _add(dbefore, through_mix)
         if layout.mix_reads_zx:
             dzx = _add(dzx, through_zx)
@@ -761,128 +551,58 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple:
         if reset is not None:
             dfresh = _add(dfresh, zero_rows(reset, dbefore))
             dbefore = zero_rows(~reset, dbefore)
-        shared = shared and not layout.mix_reads_zx
-        one_buffer[:] = [jax.tree.structure(dzx)] if shared else []
-        dzx = None if one_buffer else dzx
-        outs = (dzx, dzh, dout if layout.matrices else None)
-        return (dbefore, dfresh), _add(dvectors, added), outs, ()
+        dzx = None if layout.dzx_is_dzh else dzx
+        douts = (dzx, dzh, dout if layout.matrices else None)
+        return (dbefore, dfresh), _add(dvectors, added), douts, (), []
 
-    fixed = (loop.params, like, first.zx)
-    zeros = (
-        jax.tree.map(jnp.zeros_like, smooth_leaves(loop.fresh)),
-        [_wide_zeros(leaf) for leaf in _take(loop.params, layout.vectors)],
-    )
-    others = (loop.steps.mask, loop.steps.resets, dys, dcarries)
-    abstract = _abstract_step(static, loop)[1]
-    again: Any = None
-    if static.checkpoint_every is not None:
-        again = _forward_loop(static, loop, keep=True, outputs=False)
-    # Of steps that run again a block has arrays of its own.
-    parts = ((abstract,), ()) if again is not None else ((), (abstract,))
-    example = (parts[0], (*_at(others, 0, 1), *parts[1]))
-    in_cpp = _in_cpp(step, fixed, program.Steps((dcarry, zeros[0]), zeros[1], *example))
-    by_row = again.in_cpp if again is not None else isinstance(stored, ByRow)
-    if isinstance(stored, ByRow):
-        stored = stored.arrays
-    if again is None and by_row != (in_cpp is not None):
-        stored = time_major(stored)
-    pull_mix = None
-    if in_cpp is None:
-        shapes = (first.carry, first.zx, smooth_leaves(first.zh))
-        pull_mix = product.with_weights(partial(_pull_mix, cell), loop.params, *shapes)
-
-    def body(cotangent: tuple, others: tuple) -> tuple:
-        state, sums = cotangent
-        made = step(fixed, state, sums, (), others, pull_mix)
-        return made[:2], made[2]
-
-    def block(cotangent: tuple, part: tuple, place: Place) -> tuple:
-        inner, dparams = cotangent
-        steps, dys, dcarries = part
-        size, axis = jax.tree.leaves(steps.xs)[0].shape[1], int(in_cpp is not None)
-        if again is None:
-            kept = _cut(stored, place.start, size, axis=axis)
-        else:
-            to = _buffers(abstract, size, int(again.in_cpp))
-            carry = _at(stored, place.number)
-            kept = again.run(carry, steps, None, to, place.start, 0)[2]
-            if again.in_cpp != bool(axis):
-                kept = time_major(kept)
-        if in_cpp is not None:
-            parts = ((kept,), ()) if again is not None else ((), (stored,))
-            whole = program.Steps(inner[0], inner[1], parts[0], (*others, *parts[1]))
-            span = program.Span(size, not static.reverse, place.start)
-            made = in_cpp(whole, (), span)
-            inner, outs = made[:2], made[2]
-        else:
-            steps, dys, dcarries = time_major((steps, dys, dcarries))
-            inputs = (steps.mask, steps.resets, dys, dcarries, kept)
-            inner, outs = jax.lax.scan(body, inner, inputs, reverse=not static.reverse)
-        dzx, dzh, douts = outs
-        if one_buffer:
-            dzx = one_buffer[0].unflatten(jax.tree.leaves(dzh))
-        added, dxs = _pull_parts(steps.xs, kept, (dzx, dzh, douts), axis)
-        return (inner, _add(dparams, added)), dxs if axis else time_major(dxs)
-
-    def _pull_parts(xs: PyTree, stored: list[Array], douts: tuple, axis: int) -> tuple:
-        """The gradients of the params and of xs, for the steps of a block at once."""
-        size = jax.tree.leaves(xs)[0].shape[axis]
-        step = layout.restore(stored, like, whole=False).step
-        zx = step.zx
-        if zx is None:  # nothing reads it
-
-            def repeat(leaf: Array) -> Array:
-                leaf = jnp.expand_dims(leaf, axis)
-                shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
-                return jnp.broadcast_to(leaf, shape)
-
-            zx = jax.tree.map(repeat, first.zx)
-        (smooth_x, *smooth_step), rest = _split((xs, step.carry, zx, step.zh))
-
-        def parts(params: PyTree, matrices: list[Array], xs: PyTree) -> tuple:
-            steps = ((xs, *smooth_step), rest)
-            return _over_steps(part, (params, matrices), steps, axis)
-
-        def part(differentiated: tuple, inputs: tuple) -> tuple:
-            params, matrices = differentiated
-            params = join(params, params_rest)
-            x, *step = join(*inputs)
-            out = None
-            if layout.matrices:
-                replaced = _put(loop.params, layout.matrices, matrices)
-                out = cell.update(replaced, *step)
-            mixed = cell.mix(params, *step[:2])
-            return smooth_leaves((cell.project(params, x), mixed, out))
-
-        matrices = _take(loop.params, layout.matrices)
-        _, pull = jax.vjp(parts, params, matrices, smooth_x)
-        dparams, dmatrices, dxs = pull(douts)
-        return _add_at(dparams, layout.matrices, dmatrices, params_rest), dxs
-
-    cotangent = (((dcarry, zeros[0]), zeros[1]), jax.tree.map(_wide_zeros, params))
-    cotangent, dxs = _over_blocks(
-        block,
-        cotangent,
-        _segments(static, loop),
-        (loop.steps, dys, dcarries),
-        _buffers(_at(smooth_leaves(loop.steps.xs), 0, 1), _time(loop), 1),
-        reverse=not static.reverse,
-    )
-    ((dcarry, dfresh), dvectors), dparams = cotangent
-    dparams = _add_at(dparams, layout.vectors, dvectors, params_rest)
-    dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
-    return Loop(dparams, dcarry, dfresh, Steps(dxs, None, None)), None
+    return step
 
 
-def _wide_zeros(leaf: Array) -> Array:
-    return jnp.zeros_like(leaf, dtype=common_dtype(leaf.dtype, jnp.float32))
+def _parts_vjp(
+    static: Static, params: PyTree, xs: PyTree, steps: Step, axis: int
+) -> Callable:
+    """The VJP of the parts of a cell for the steps of a block at once.
+
+    ``pull((dzx, dzh, douts)) -> (dparams, dmatrices, dxs)``, with the cotangents of
+    ``project``, of ``mix``, and of ``update`` where that reads matrices.
+    """
+    cell, layout = static.cell, static.layout
+    smooth_params, params_rest = split(params)
+    (smooth_x, *smooth_step), rest = split((xs, *steps))
+
+    def parts(smooth_params: PyTree, matrices: list[Array], xs: PyTree) -> tuple:
+        inputs = ((xs, *smooth_step), rest)
+        return _over_steps(part, (smooth_params, matrices), inputs, axis)
+
+    def part(differentiated: tuple, inputs: tuple) -> tuple:
+        smooth_params, matrices = differentiated
+        joined = join(smooth_params, params_rest)
+        x, *step = join(*inputs)
+        out = None
+        if layout.matrices:
+            replaced = layouts.put(params, layout.matrices, matrices)
+            out = cell.update(replaced, *step)
+        mixed = cell.mix(joined, *step[:2])
+        return smooth_leaves((cell.project(joined, x), mixed, out))
+
+    matrices = layouts.take(params, layout.matrices)
+    (zx, *_), pull = jax.vjp(parts, smooth_params, matrices, smooth_x)
+
+    def pull_all(douts: tuple) -> tuple:
+        dzx, dzh, dout = douts
+        if layout.dzx_is_dzh:
+            dzx = jax.tree.structure(zx).unflatten(jax.tree.leaves(dzh))
+        return pull((dzx, dzh, dout))
+
+    return pull_all
 
 
-def _same(a: PyTree, b: PyTree) -> bool:
-    pairs = jax.tree.leaves(a), jax.tree.leaves(b)
-    return len(pairs[0]) == len(pairs[1]) and all(
-        x is y for x, y in zip(*pairs, strict=True)
-    )
+def _repeat(tree: PyTree, time: int, axis: int) -> PyTree:
+    """Repeats what nothing reads for the steps of a block."""
 
+    def repeat(leaf: Array) -> Array:
+        leaf = jnp.expand_dims(leaf, axis)
+        shape = (*leaf.shape[:axis], time, *leaf.shape[axis + 1 :])
+        return jnp.broadcast_to(leaf, shape)
 
-_run.defvjp(_run_fwd, _run_bwd)
+    return jax.tree.map(repeat, tree)

@@ -27,6 +27,7 @@ from jlstm.kernels.graph import (
     outer,
     read,
 )
+from jlstm.kernels.loops import Scan, Span, Steps
 from jlstm.kernels.product import Product
 from jlstm.types import Array, PyTree
 
@@ -42,21 +43,11 @@ KINDS = ("input", "kept", "state", "rows", "same", "out", "written", "scratch")
 REGISTERS, INSTRUCTIONS = 64, 1024
 
 
-class Steps(NamedTuple):
-    """What steps read, beside what is the same for all."""
-
-    state: PyTree  # [B, ...], handed on
-    sums: PyTree  # [...], to which a step adds sums over the rows
-    inputs: PyTree  # of a step [B, ...], of a loop [B, T, ...]
-    kept: PyTree  # the same, but a loop has part of a longer array
-
-
-def bind(step: Callable, fixed: PyTree, steps: Steps) -> _Loop:
-    """Makes ``loop(steps, to, ...) -> (state, sums, outs, written)``.
+def bind(step: Callable, fixed: PyTree, steps: Steps) -> Program:
+    """Makes the loop of a step; see :class:`jlstm.kernels.loops.Loop`.
 
     Args:
-      step: ``(fixed, *steps) -> (state, sums, outs, written)``. A loop makes arrays of
-        ``outs``, ``[B, T, ...]``, and writes ``written`` into part of longer ones.
+      step: ``(fixed, *steps) -> (state, sums, outs, written, stored)``.
       fixed: what is the same for all steps: params, and arrays ``[B, ...]``.
       steps: those of one step; only shapes and dtypes count.
 
@@ -72,65 +63,30 @@ def bind(step: Callable, fixed: PyTree, steps: Steps) -> _Loop:
     moving = set(jaxpr.invars[len(fixed_leaves) :])
     graph = Graph(given[0][0].shape[0], common_width(jaxpr, moving) or 1)
     args: list[Any] = [*map(outer, fixed_leaves)]
-    places: list[list[int]] = []
-    for kind, leaves in zip(("state", "state", "input", "kept"), given, strict=True):
-        summed = len(places) == 1
+    handed_on: list[int] = []
+    kinds = ("state", "state", "input", "kept", "kept")
+    for name, kind, leaves in zip(Steps._fields, kinds, given, strict=True):
+        summed = name == "sums"
         lead = (graph.batch,) if summed else ()
-        places.append(
-            [graph.place(kind, lead + leaf.shape, leaf.dtype) for leaf in leaves]
-        )
-        for place, leaf in zip(places[-1], leaves, strict=True):
+        for leaf in leaves:
+            place = graph.place(kind, lead + leaf.shape, leaf.dtype)
             row = graph.load(place)
             args.append(Sum(row, leaf.shape) if summed else row)
+            if kind == "state":
+                handed_on.append(place)
     results = read(graph, jaxpr, closed.consts, args)
 
-    new = [jax.tree.leaves(tree) for tree in shapes]
-    outs = [graph.place("out", leaf.shape, leaf.dtype) for leaf in new[2]]
-    if any(leaf.dtype != np.float32 for leaf in new[3]):
-        raise Unsuited("it returns what is not in float32")
-    written = [graph.place("written", leaf.shape, leaf.dtype) for leaf in new[3]]
+    outs = jax.tree.leaves(shapes[2])
+    targets = [graph.place("out", leaf.shape, leaf.dtype) for leaf in outs]
+    for leaf in jax.tree.leaves(shapes[3:]):
+        if leaf.dtype != np.float32:
+            raise Unsuited("it returns what is not in float32")
+        targets.append(graph.place("written", leaf.shape, leaf.dtype))
     stores = []
-    targets = [*places[0], *places[1], *outs, *written]
-    for place, result in zip(targets, results, strict=True):
+    for place, result in zip([*handed_on, *targets], results, strict=True):
         row = result.row if isinstance(result, Sum) else result
         stores.append((place, graph.row(row, graph.places[place].width)))
-    program = _Program(graph, stores)
-    return _Loop(step, fixed, shapes, program)
-
-
-class Span(NamedTuple):
-    """Which steps a loop takes."""
-
-    time: int  # how many
-    reverse: bool
-    read: Any = 0  # the first in the arrays that are kept
-    write: Any = 0  # and in those that are written
-
-
-def plain(step: Callable, fixed: PyTree, steps: Steps, to: PyTree, span: Span) -> tuple:
-    """The same loop by XLA, for its derivatives."""
-
-    def body(carry: tuple, number: Array) -> tuple:
-        state, sums, to = carry
-
-        def at(tree: PyTree, start: Any) -> PyTree:
-            def pick(leaf: Array) -> Array:
-                return jax.lax.dynamic_index_in_dim(leaf, start + number, 1, False)
-
-            return jax.tree.map(pick, tree)
-
-        def put(leaf: Array, part: Array) -> Array:
-            place = span.write + number
-            return jax.lax.dynamic_update_index_in_dim(leaf, part, place, 1)
-
-        parts = at(steps.inputs, 0), at(steps.kept, span.read)
-        state, sums, outs, made = step(fixed, state, sums, *parts)
-        return (state, sums, jax.tree.map(put, to, made)), outs
-
-    carry = (steps.state, steps.sums, to)
-    numbers = jnp.arange(span.time, dtype=jnp.int32)
-    carry, outs = jax.lax.scan(body, carry, numbers, reverse=span.reverse)
-    return carry[0], carry[1], time_major(outs), carry[2]
+    return Program(step, fixed, shapes, _Code(graph, stores))
 
 
 # From a graph to instructions.
@@ -149,7 +105,7 @@ class _Store(NamedTuple):
     node: int
 
 
-class _Program:
+class _Code:
     """Instructions in phases, and the products after each phase."""
 
     def __init__(self, graph: Graph, stores: list[tuple[int, Row]]):
@@ -228,15 +184,15 @@ class _Program:
             orders[number] += states  # once nothing reads the old ones
         self.constants = [self.graph.nodes[node][1] for node in self._constants]
         self.registers = len(self.constants)
-        self.code: list[tuple[int, ...]] = []
+        self.instructions: list[tuple[int, ...]] = []
         self.ends: list[int] = []
         for order in orders:
             self._emit(_fuse(order))
-            self.ends.append(len(self.code))
+            self.ends.append(len(self.instructions))
         if self.registers > REGISTERS:
             raise Unsuited(f"it needs {self.registers} vectors at once")
-        if len(self.code) > INSTRUCTIONS:
-            raise Unsuited(f"it takes {len(self.code)} instructions")
+        if len(self.instructions) > INSTRUCTIONS:
+            raise Unsuited(f"it takes {len(self.instructions)} instructions")
 
     def _visit(
         self,
@@ -288,7 +244,7 @@ class _Program:
                     free, count = [count], count + 1
                 to = registers[result] = free.pop()
             code = OPERATIONS.index(op)
-            self.code.append((code, to, *[*where, *given, 0, 0, 0][:3]))
+            self.instructions.append((code, to, *[*where, *given, 0, 0, 0][:3]))
         self.registers = max(self.registers, count)
 
 
@@ -318,21 +274,21 @@ def _fuse(order: list[_Instruction]) -> list[_Instruction]:
 # The loop.
 
 
-class _Loop:
-    """A program, bound to what is the same for all steps."""
+class Program:
+    """The loop in C++, with weights that are put in order when this is made."""
 
-    def __init__(self, step: Callable, fixed: PyTree, shapes: tuple, program: _Program):
-        self.program, self.shapes = program, shapes
-        self.fixed = fixed
-        # What each place of the kinds rows and same has.
-        places = program.graph.places
+    axis = 1
+
+    def __init__(self, step: Callable, fixed: PyTree, shapes: tuple, code: _Code):
+        self.code, self.shapes, self.fixed = code, shapes, fixed
+        # What each place of the kinds rows and same has, in order.
+        places = code.graph.places
         same = [place.value for place in places if place.kind in ("rows", "same")]
-        # In order as they are read in loops.
-        weights = [
+        products = [
             Product(jax.lax.stop_gradient(link.weight), link.transposed)
-            for _, _, link in program.links
+            for _, _, link in code.links
         ]
-        self.bound = (same, [(product.weight, product.packed) for product in weights])
+        self.bound = (same, [(product.weight, product.packed) for product in products])
 
         @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
         def run(
@@ -349,17 +305,13 @@ class _Loop:
         @run.defjvp
         def _(time: int, reverse: bool, primals: tuple, tangents: tuple) -> tuple:
             fixed, _, starts, *rest = primals
-            span = Span(time, reverse, *starts)
-
-            def again(fixed: PyTree, steps: Steps, to: PyTree) -> tuple:
-                return plain(step, fixed, steps, to, span)
-
+            again = functools.partial(_plain, step, Span(time, reverse, *starts))
             return jax.jvp(again, (fixed, *rest), (tangents[0], *tangents[3:]))
 
         self._run: Any = run
 
-    def __call__(self, steps: Steps, to: PyTree, span: Span) -> tuple:
-        """Runs the steps; see :func:`bind`."""
+    def __call__(self, steps: Steps, to: tuple, span: Span) -> tuple:
+        """Runs the steps; see :class:`jlstm.kernels.loops.Loop`."""
         starts = jnp.array([span.read, span.write], jnp.int32)
         time, reverse = span[:2]
         return self._run(time, reverse, self.fixed, self.bound, starts, steps, to)
@@ -371,14 +323,15 @@ class _Loop:
         bound: tuple,
         starts: Array,
         steps: Steps,
-        to: PyTree,
+        to: tuple,
     ) -> tuple:
         same, weights = bound
-        program, graph = self.program, self.program.graph
+        code, graph = self.code, self.code.graph
         given = {kind: list[Any]() for kind in KINDS}
-        states, sums, given["input"], given["kept"] = map(jax.tree.leaves, steps)
+        states, sums, given["input"] = map(jax.tree.leaves, steps[:3])
         zeros = [jnp.zeros((graph.batch, *leaf.shape), np.float32) for leaf in sums]
-        given["state"], given["written"] = [*states, *zeros], jax.tree.leaves(to)
+        given["state"], given["kept"] = [*states, *zeros], jax.tree.leaves(steps[3:])
+        given["written"] = jax.tree.leaves(to)
         # In the order of places, in which rows and same are mixed.
         taken = {kind: iter(leaves) for kind, leaves in given.items()}
         taken["rows"] = taken["same"] = iter(same)
@@ -404,7 +357,7 @@ class _Loop:
                 buffer = -len(results)
             table.append((KINDS.index(kind), place.width, buffer, length))
         links = []
-        for (phase, left, link), pair in zip(program.links, weights, strict=True):
+        for (phase, left, link), pair in zip(code.links, weights, strict=True):
             links.append((phase, left, link.place, len(operands), link.transposed))
             operands += pair
         made = jax.ffi.ffi_call(
@@ -416,10 +369,10 @@ class _Loop:
             *operands,
             table=_integers(table),
             links=_integers(links),
-            code=_integers(program.code),
-            ends=_integers(program.ends),
-            constants=np.array(program.constants, np.float32),
-            sizes=_integers([time, graph.batch, graph.unit, program.registers]),
+            code=_integers(code.instructions),
+            ends=_integers(code.ends),
+            constants=np.array(code.constants, np.float32),
+            sizes=_integers([time, graph.batch, graph.unit, code.registers]),
             reverse=reverse,
             # The devices of a CPU have one pool of threads.
             devices=np.int64(jax.local_device_count("cpu")),
@@ -436,8 +389,20 @@ class _Loop:
         ]
         written = [made[i] for i in made_at["written"]]
         parts = ends[: len(states)], added, outs, written
-        trees = map(jax.tree.structure, (steps[0], steps[1], self.shapes[2], to))
-        return tuple(t.unflatten(part) for t, part in zip(trees, parts, strict=True))
+        trees = map(jax.tree.structure, (steps.state, steps.sums, self.shapes[2], to))
+        state, sums, outs, written = (
+            tree.unflatten(part) for tree, part in zip(trees, parts, strict=True)
+        )
+        return state, sums, outs, *written
+
+
+def _plain(step: Callable, span: Span, fixed: PyTree, steps: Steps, to: tuple) -> tuple:
+    """The same loop by XLA, for its derivatives."""
+    loop = Scan(functools.partial(step, fixed))
+    inputs, stored = time_major((steps.inputs, steps.stored))
+    steps = steps._replace(inputs=inputs, stored=stored)
+    *ends, outs, written, stored = loop(steps, (to[0], time_major(to[1])), span)
+    return *ends, time_major(outs), written, time_major(stored)
 
 
 def _integers(values: Any) -> np.ndarray:
