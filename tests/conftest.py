@@ -1,19 +1,25 @@
-"""Strictness for the whole suite: no silent promotion, two CPU devices."""
+"""Strictness for the whole suite: no silent promotion, two CPU devices.
+
+The suite spends its time on compiling, so its programs are optimised little;
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment runs it on code like that of users.
+"""
 
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 
+QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
 # One thread compiles: the suite runs in as many processes as there are cores.
-FLAG = "--xla_cpu_parallel_codegen_split_count=1"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
+FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+if QUICK:
+    os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+        FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # the older are quicker
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The suite spends its time on compiling: JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the
-# environment runs it on optimised code, as users do.
-if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
-    jax.config.update("jax_disable_most_optimizations", True)

@@ -25,8 +25,7 @@ def entry(*workers):
     return {"environment": {}, "cases": cases}
 
 
-def test_run_writes_times_of_processes_of_its_own(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+def test_run_writes_times_of_processes_of_its_own(tmp_path, capsys):
     options = {
         "suite": "mgu",
         "variants": "one,native",

@@ -199,9 +199,7 @@ for size in test_cross_entropy.SIZES.values():
     "loops", ["portable", pytest.param("avx2", marks=pytest.mark.slow)]
 )
 def test_loops_for_other_processors_equal_the_reference(loops):
-    plain = str(jax.config.read("jax_disable_most_optimizations"))
     environment = {**os.environ, "JLSTM_LOOPS": loops}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = plain
     here = Path(__file__).parent
     environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here)])
     command = [sys.executable, "-c", LOOPS]
