@@ -311,7 +311,7 @@ CASES = [
     (jlstm.LSTM(16), 21, 40, 4, "resets", True, None),  # several blocks of steps
     (jlstm.LSTM(128), 2, 3, 2, "", True, 2),  # whole chunks of one row
     (jlstm.LSTM(6), 40, 5, 4, "lengths", True, 2),  # steps project their inputs
-    (jlstm.LSTM(1), 1, 1, 1, "", False, None),
+    (jlstm.LSTM(1), 1, 2, 1, "", False, None),
     (jlstm.GRU(20, learned_carry=True), 9, 12, 3, "resets", False, 5),
     (jlstm.GRU(8, reset_after=False), 4, 5, 3, "mask", False, None),
     (jlstm.Elman(70), 2, 3, 3, "", True, None),
@@ -357,6 +357,7 @@ def setting(cell, *shape):
 
 def test_loops_of_both_directions_run_in_cpp():
     cell = jlstm.LSTM(4)
+    assert count(partial(gradient, cell), *setting(cell, 3, 1, 2)) == (0, 0)  # one step
     args = setting(cell, 3, 5, 2)
     assert count(partial(gradient, cell), *args) == (2, 0)
     every = partial(gradient, cell, checkpoint_every=2)
@@ -442,6 +443,7 @@ def test_explanation_says_where_steps_run(monkeypatch):
     monkeypatch.setattr(door, "may_be_sharded", lambda: False)
     assert str(jlstm.explain(cell)).startswith("fused runs, its steps in C++\n")
     assert jlstm.explain(jlstm.LSTM(3)).note == ""
+    assert jlstm.explain(cell, jnp.ones((2, 1, 4))).note == "one step, in XLA"
     assert jlstm.explain(Normed(3)).note == (
         "its products in C++, the rest of its steps in XLA: it computes cumsum"
     )

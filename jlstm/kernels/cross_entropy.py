@@ -6,13 +6,11 @@ weights of their classes, which each thread takes some of.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlstm.kernels import product
+from jlstm.kernels import library, product
 from jlstm.kernels.request import Request, may_be_sharded
 from jlstm.types import Array
 
@@ -67,22 +65,16 @@ def _call(
     valid: Array,
     *,
     gradients: bool,
-) -> Sequence[Array]:
+) -> list[Array]:
     shapes = [x.shape if gradients else (0,) for x in (features, w, b)]
-    made = jax.ffi.ffi_call(
+    return library.call(
         "jlstm_cross_entropy",
         [jax.ShapeDtypeStruct(shape, np.float32) for shape in ((), *shapes)],
-        vmap_method="sequential",
-    )(
         features,
         w,
         b,
         labels.astype(jnp.int32),
         valid,
         smoothing=np.float32(smoothing),
-        # The devices of a CPU have one pool of threads.
-        devices=np.int64(jax.local_device_count("cpu")),
         gradients=gradients,
     )
-    assert isinstance(made, Sequence)
-    return made

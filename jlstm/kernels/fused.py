@@ -56,9 +56,9 @@ from jlstm.types import (
 # The projected inputs of a block take about so many bytes, which stay in the caches. It
 # has so many steps at least, since a block has a price of its own.
 BYTES, STEPS = 3 << 19, 8
-# Weights of so many elements stay in a core's cache while each step reads them; for
-# fewer rows it does not pay to read them at each step.
-SMALL, FEW_ROWS = 1 << 18, 32
+# Weights of so many elements stay in a core's cache while each step reads them, which
+# pays for so many rows on each core.
+SMALL, ROWS = 1 << 18, 16
 
 
 def why_not(cell: Cell, request: Request) -> str | None:
@@ -73,6 +73,8 @@ def note(cell: Cell, request: Request, xs: PyTree = None) -> str:
     """Says where the steps run; without inputs, those of eight features are assumed."""
     if (reason := product.why_not(request)) is not None:
         return f"its steps in XLA: {reason}"
+    if xs is not None and jax.tree.leaves(xs)[0].shape[1] < 2:
+        return "one step, in XLA"
     reason = _why_unsuited(cell, xs)
     if reason is None:
         return "its steps in C++"
@@ -155,17 +157,11 @@ def unroll(
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Runs a gated cell over a sequence; see :func:`jlstm.kernels.scan.unroll`."""
     given = Given(params, carry, fresh, Sequence(xs, mask, resets))
-    if not given.time:
-        return scan.unroll(
-            cell, params, xs, carry, fresh, return_carries=return_carries
-        )
-    static = _static(
-        cell,
-        given,
-        reverse=reverse,
-        return_carries=return_carries,
-        checkpoint_every=checkpoint_every,
-    )
+    options: dict[str, Any] = {"reverse": reverse, "return_carries": return_carries}
+    if given.time < 2:  # to prepare a loop takes longer than one step
+        options |= {"mask": mask, "resets": resets}
+        return scan.unroll(cell, params, xs, carry, fresh, **options)
+    static = _static(cell, given, checkpoint_every=checkpoint_every, **options)
     return _run(static, *split(given))
 
 
@@ -429,7 +425,7 @@ def _forward_step(
 def _small_projection(cell: Any, given: Given) -> bool:
     """Whether steps may project their inputs themselves."""
     zx = jax.tree.leaves(_abstract_step(cell, given).zx)
-    if zx[0].shape[0] < FEW_ROWS:
+    if zx[0].shape[0] * jax.local_device_count() < ROWS * library.cores():
         return False
     features = sum(leaf[0, 0].size for leaf in jax.tree.leaves(given.sequence.xs))
     return features * sum(leaf.size // leaf.shape[0] for leaf in zx) <= SMALL

@@ -10,11 +10,14 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
-from jlstm.types import PyTree
+from jlstm.types import Array, PyTree
 
 LIBRARY = Path(__file__).parent / f"_native.{sys.implementation.cache_tag}.so"
 HANDLERS = (
@@ -46,6 +49,42 @@ def why_not() -> str | None:
             "this one, with pip install --no-build-isolation"
         )
     return None
+
+
+def cores() -> int:
+    """How many threads XLA has for all devices of the CPU."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def call(
+    name: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    *operands: Any,
+    aliases: dict[int, int] | None = None,
+    **attributes: Any,
+) -> list[Array]:
+    """Calls a handler.
+
+    Args:
+      name: its name.
+      results: shapes and dtypes of what it makes.
+      *operands: what it reads.
+      aliases: results, by the operand whose memory they take.
+      **attributes: what is known when the call is traced.
+    """
+    made = jax.ffi.ffi_call(
+        name,
+        results,
+        vmap_method="sequential",
+        input_output_aliases=aliases,
+    )(
+        *operands,
+        # The devices of a CPU have one pool of threads.
+        devices=np.int64(jax.local_device_count("cpu")),
+        **attributes,
+    )
+    return list(made)
 
 
 def memory(like: PyTree) -> PyTree:

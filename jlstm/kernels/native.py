@@ -13,7 +13,7 @@ the fused loop's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -401,13 +401,7 @@ def _call(
     *args: Array,
     aliases: Any = None,
     **options: bool,
-) -> Sequence[Array]:
-    call = jax.ffi.ffi_call(
-        name,
-        [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes],
-        vmap_method="sequential",
-        input_output_aliases=aliases,
-    )
-    made = call(*args, gru=static.gru, reverse=static.reverse, **options)
-    assert isinstance(made, Sequence)
-    return made
+) -> list[Array]:
+    results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    options = {"gru": static.gru, "reverse": static.reverse, **options}
+    return library.call(name, results, *args, aliases=aliases, **options)

@@ -126,11 +126,12 @@ class Product:
         inner, columns = weight.shape[::-1] if transposed else weight.shape
         # Whole vectors of any set of instructions; the longest has 16 floats.
         size = inner * -(-columns // 16) * 16
-        self.packed = jax.ffi.ffi_call(
+        (self.packed,) = library.call(
             "jlstm_pack",
-            jax.ShapeDtypeStruct((size,), np.float32),
-            vmap_method="sequential",
-        )(jax.lax.stop_gradient(weight), transposed=transposed)
+            [jax.ShapeDtypeStruct((size,), np.float32)],
+            jax.lax.stop_gradient(weight),
+            transposed=transposed,
+        )
 
     def __call__(self, rows: Array) -> tuple[Array, Array]:
         """Returns the product and the rows.
@@ -164,20 +165,17 @@ def _call(transposed: bool) -> Callable:
     @jax.custom_batching.custom_vmap
     def call(rows: Array, weight: Array, packed: Array) -> tuple[Array, Array]:
         columns = weight.shape[0 if transposed else 1]
-        out, rows = jax.ffi.ffi_call(
+        out, rows = library.call(
             "jlstm_product",
             [
                 jax.ShapeDtypeStruct((rows.shape[0], columns), np.float32),
                 jax.ShapeDtypeStruct(rows.shape, np.float32),
             ],
-            input_output_aliases={0: 1},
-        )(
             rows,
             weight,
             packed,
+            aliases={0: 1},
             transposed=transposed,
-            # The devices of a CPU have one pool of threads.
-            devices=np.int64(jax.local_device_count("cpu")),
         )
         return out, rows
 

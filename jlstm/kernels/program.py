@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlstm.kernels import library
 from jlstm.kernels.blocks import time_major
 from jlstm.kernels.graph import (
     Graph,
@@ -360,13 +361,11 @@ class Program:
         for (phase, left, link), pair in zip(code.links, weights, strict=True):
             links.append((phase, left, link.place, len(operands), link.transposed))
             operands += pair
-        made = jax.ffi.ffi_call(
+        made = library.call(
             "jlstm_program",
             results,
-            vmap_method="sequential",
-            input_output_aliases=aliases,
-        )(
             *operands,
+            aliases=aliases,
             table=_integers(table),
             links=_integers(links),
             code=_integers(code.instructions),
@@ -374,8 +373,6 @@ class Program:
             constants=np.array(code.constants, np.float32),
             sizes=_integers([time, graph.batch, graph.unit, code.registers]),
             reverse=reverse,
-            # The devices of a CPU have one pool of threads.
-            devices=np.int64(jax.local_device_count("cpu")),
         )
         ends = [made[i] for i in made_at["state"]]
         added = [

@@ -218,12 +218,23 @@ Team& team() {
 
 constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
 
-// Runs f(0) .. f(count - 1) on up to so many threads of the pool. The caller takes part,
-// so that it ends even if no other thread is free.
+// The threads of a call. The devices of a CPU have one pool: a call that took threads
+// from that beside it would wait for them.
+struct Threads {
+  ffi::ThreadPool& pool;
+  int64_t count;
+
+  Threads(ffi::ThreadPool& pool, int64_t devices)
+      : pool(pool), count(std::max<int64_t>(1, pool.num_threads() / devices)) {}
+};
+
+// Runs f(0) .. f(count - 1) on up to so many threads. The caller takes part, so that it
+// ends even if no other thread is free.
 template <typename F>
-void share(ffi::ThreadPool& pool, int64_t hands, int64_t count, const F& f,
+void share(const Threads& threads, int64_t hands, int64_t count, const F& f,
            bool more = false) {
-  hands = std::min({hands, count, pool.num_threads()});
+  ffi::ThreadPool& pool = threads.pool;
+  hands = std::min({hands, count, threads.count});
   if (hands < 2) {
     for (int64_t i = 0; i < count; ++i) f(i);
     return;
@@ -305,19 +316,20 @@ Flags flags_of(Booleans& mask, Booleans& resets, bool reverse) {
 }
 
 // Puts weights in order.
-void pack(ffi::ThreadPool& pool, int64_t hands, Cell cell, const Shape& s,
+void pack(const Threads& threads, int64_t hands, Cell cell, const Shape& s,
           bool backward, const float* w_ih, const float* w_hh, const Floats& packed) {
   const auto work = [&](int64_t panel) {
     loops().pack(cell, s, backward, w_ih, w_hh, panel, packed.data());
   };
-  share(pool, hands, loops().panels(s, backward, w_ih == nullptr), work, true);
+  share(threads, hands, loops().panels(s, backward, w_ih == nullptr), work, true);
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
                    Buffer bias, Buffer bias_n, Buffer h0, Buffer c0, Buffer fresh_h,
                    Buffer fresh_c, Booleans mask, Booleans resets, Result ys, Result h,
                    Result c, Result gates, Result before_c, bool gru,
-                   bool reverse) {
+                   bool reverse, int64_t devices) {
+  const Threads threads(pool, devices);
   const auto x = xs.dimensions();
   const Shape s{x[0], x[1], x[2], w_hh.dimensions()[0]};
   const Cell cell = gru ? Cell::kGru : Cell::kLstm;
@@ -331,15 +343,15 @@ ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
     in_large_pages((**result).untyped_data(), (**result).size_bytes());
   }
   if (s.T == 1 && s.B <= kFewRows && io.gates == nullptr && !projected) {
-    share(pool, kAll, loops().step_panels(s), [&](int64_t panel) {
+    share(threads, kAll, loops().step_panels(s), [&](int64_t panel) {
       loops().step(cell, s, flags, io, data(w_ih), data(w_hh), panel);
     });
     return ffi::Error::Success();
   }
   const Floats packed(loops().packed_size(cell, s, false, projected));
-  const auto dealt = deal(s, flags.mask, pool.num_threads());
-  pack(pool, dealt.size(), cell, s, false, data(w_ih), data(w_hh), packed);
-  share(pool, dealt.size(), dealt.size(), [&](int64_t i) {
+  const auto dealt = deal(s, flags.mask, threads.count);
+  pack(threads, dealt.size(), cell, s, false, data(w_ih), data(w_hh), packed);
+  share(threads, dealt.size(), dealt.size(), [&](int64_t i) {
     loops().forward(cell, s, flags, io, packed.data(), dealt[i].data(), dealt[i].size());
   });
   return ffi::Error::Success();
@@ -350,7 +362,8 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer w_ih, Buffer w_hh, Buffer xs,
                     Buffer dys, Buffer dh, Buffer dc, Booleans mask, Booleans resets,
                     Result dxs, Result dw_ih, Result dw_hh, Result dbias, Result dh0,
                     Result dc0, Result dfresh_h, Result dfresh_c, bool gru,
-                    bool reverse, bool inputs) {
+                    bool reverse, int64_t devices, bool inputs) {
+  const Threads threads(pool, devices);
   const auto x = xs.dimensions();
   const bool projected = w_ih.element_count() == 0;
   const Shape s{x[0], x[1], projected ? 0 : x[2], w_hh.dimensions()[0]};
@@ -372,8 +385,8 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer w_ih, Buffer w_hh, Buffer xs,
                     data(*dfresh_c)};
   const Flags flags = flags_of(mask, resets, reverse);
   const Floats packed(loops().packed_size(cell, s, true, !inputs));
-  const auto dealt = deal(s, flags.mask, pool.num_threads());
-  pack(pool, dealt.size(), cell, s, true, inputs ? data(w_ih) : nullptr, data(w_hh),
+  const auto dealt = deal(s, flags.mask, threads.count);
+  pack(threads, dealt.size(), cell, s, true, inputs ? data(w_ih) : nullptr, data(w_hh),
        packed);
 
   // The first thread writes to the results, the others to sums of their own, which are
@@ -389,25 +402,25 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer w_ih, Buffer w_hh, Buffer xs,
     return thread ? own[i].data() + (thread - 1) * sizes[i] : results[i];
   };
   // Where rows are too few for the threads, they share the gradients of weights.
-  const auto run = [](void* on, int64_t count, void (*work)(void*, int64_t),
+  const auto run = [](const void* on, int64_t count, void (*work)(void*, int64_t),
                       void* self) {
-    share(*static_cast<ffi::ThreadPool*>(on), kAll, count,
+    share(*static_cast<const Threads*>(on), kAll, count,
           [&](int64_t i) { work(self, i); });
   };
-  const bool few = static_cast<int64_t>(dealt.size()) < pool.num_threads();
-  const Each each{&pool, few ? +run : nullptr};
+  const bool few = static_cast<int64_t>(dealt.size()) < threads.count;
+  const Each each{&threads, few ? +run : nullptr};
   const auto work = [&](int64_t i) {
     const Sums to{sum(i, 0), sum(i, 1), sum(i, 2)};
     loops().backward(cell, s, flags, io, to, each, packed.data(), dealt[i].data(),
                      dealt[i].size());
   };
-  share(pool, dealt.size(), dealt.size(), work, others > 0);
+  share(threads, dealt.size(), dealt.size(), work, others > 0);
   if (others == 0) return ffi::Error::Success();
   constexpr int64_t kStretch = 1 << 16;
   int64_t stretches[] = {0, 0, 0};
   for (int i = 0; i < 3; ++i) stretches[i] = (sizes[i] + kStretch - 1) / kStretch;
   const int64_t all = stretches[0] + stretches[1] + stretches[2];
-  share(pool, dealt.size(), all, [&](int64_t stretch) {
+  share(threads, dealt.size(), all, [&](int64_t stretch) {
     int i = 0;
     for (; stretch >= stretches[i]; ++i) stretch -= stretches[i];
     const int64_t begin = stretch * kStretch;
@@ -433,13 +446,13 @@ ffi::Error memory(ffi::RemainingRets rets) {
 enum Kind { kInput, kKept, kState, kRows, kSame, kOut, kWritten, kScratch };
 
 ffi::Error pack_product(ffi::ThreadPool pool, Buffer weights, Result packed,
-                        bool transposed) {
+                        bool transposed, int64_t devices) {
   const Matrix m{data(weights), weights.dimensions()[0], weights.dimensions()[1],
                  transposed};
   const auto work = [&](int64_t panel) {
     loops().pack_product(m, panel, data(*packed));
   };
-  share(pool, kAll, loops().product_panels(m.columns()), work, true);
+  share(Threads(pool, devices), kAll, loops().product_panels(m.columns()), work, true);
   return ffi::Error::Success();
 }
 
@@ -452,7 +465,8 @@ ffi::Error product(ffi::ThreadPool pool, Buffer rows, Buffer weights, Buffer pac
                  transposed};
   const int64_t B = rows.dimensions()[0], panels = loops().product_panels(m.columns());
   const bool few = B * m.height * m.width < kFewOperations;
-  const int64_t hands = few ? 1 : std::max<int64_t>(1, pool.num_threads() / devices);
+  const Threads threads(pool, devices);
+  const int64_t hands = few ? 1 : threads.count;
   // Where panels are few, rows are shared too.
   const int64_t parts = panels < 4 * hands ? std::min(hands, B) : 1;
   const auto work = [&](int64_t tile) {
@@ -461,7 +475,7 @@ ffi::Error product(ffi::ThreadPool pool, Buffer rows, Buffer weights, Buffer pac
     loops().product(m, data(packed), panel, data(rows) + first * m.inner(), end - first,
                     data(*out) + first * m.columns());
   };
-  share(pool, hands, panels * parts, work, true);
+  share(threads, hands, panels * parts, work, true);
   return ffi::Error::Success();
 }
 
@@ -509,10 +523,11 @@ ffi::Error program(ffi::ThreadPool pool, ffi::RemainingArgs args,
                   static_cast<int64_t>(memory.size()), products.data(),
                   static_cast<int64_t>(products.size()), constants.begin(),
                   static_cast<int64_t>(constants.size()), sizes[3]};
-  const int64_t hands = std::max<int64_t>(1, pool.num_threads() / devices);
+  const Threads threads(pool, devices);
+  const int64_t hands = threads.count;
   const int64_t each = std::max(hands, (B + kProgramRows - 1) / kProgramRows);
   const int64_t groups = std::min(B, (each + hands - 1) / hands * hands);
-  share(pool, hands, groups, [&](int64_t group) {
+  share(threads, hands, groups, [&](int64_t group) {
     const int64_t first = group * B / groups, end = (group + 1) * B / groups;
     loops().program(p, first, end - first);
   }, true);
@@ -534,8 +549,8 @@ ffi::Error cross_entropy(ffi::ThreadPool pool, Buffer x, Buffer w, Buffer b,
                        labels.typed_data(), valid.typed_data(), smoothing};
   const int64_t panels = loops().product_panels(V);
   // A number of threads has one result: each has panels of its own.
-  const int64_t parts =
-      std::max<int64_t>(1, std::min(panels, pool.num_threads() / devices));
+  const Threads threads(pool, devices);
+  const int64_t parts = std::max<int64_t>(1, std::min(panels, threads.count));
   const int64_t most = std::max(kFewLogits, kLogits / (4 * V));
   const int64_t blocks = (N + most - 1) / most, size = (N + blocks - 1) / blocks;
   const Floats z(size * (V + 16)), log_sums(size), scores(size);
@@ -551,7 +566,7 @@ ffi::Error cross_entropy(ffi::ThreadPool pool, Buffer x, Buffer w, Buffer b,
       loops().logits(s, first, rows, part * panels / parts,
                      (part + 1) * panels / parts, z.data(), sums_of(part));
     };
-    share(pool, parts, parts, make, true);
+    share(threads, parts, parts, make, true);
     for (int64_t r = 0; r < rows; ++r) {
       double largest = sums_of(0).most[r], exponentials = 0, all = 0;
       for (int64_t part = 1; part < parts; ++part) {
@@ -576,7 +591,7 @@ ffi::Error cross_entropy(ffi::ThreadPool pool, Buffer x, Buffer w, Buffer b,
                      part ? own.data() + (part - 1) * size * D : to, data(*dw),
                      data(*db));
     };
-    share(pool, parts, parts, turn, first + size < N);
+    share(threads, parts, parts, turn, first + size < N);
     for (int64_t part = 1; part < parts; ++part) {
       const float* more = own.data() + (part - 1) * size * D;
       for (int64_t i = 0; i < rows * D; ++i) to[i] += more[i];
@@ -610,7 +625,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_pack, jlstm::pack_product,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<jlstm::Buffer>()  // weights
                                   .Ret<jlstm::Buffer>()  // packed
-                                  .Attr<bool>("transposed"));
+                                  .Attr<bool>("transposed")
+                                  .Attr<int64_t>("devices"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_product, jlstm::product,
                               xla::ffi::Ffi::Bind()
@@ -660,7 +676,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_forward, jlstm::forward,
                                   .Ret<jlstm::Buffer>()  // gates
                                   .Ret<jlstm::Buffer>()  // before_c
                                   .Attr<bool>("gru")
-                                  .Attr<bool>("reverse"));
+                                  .Attr<bool>("reverse")
+                                  .Attr<int64_t>("devices"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_backward, jlstm::backward,
                               xla::ffi::Ffi::Bind()
@@ -688,4 +705,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_backward, jlstm::backward,
                                   .Ret<jlstm::Buffer>()  // dfresh_c
                                   .Attr<bool>("gru")
                                   .Attr<bool>("reverse")
+                                  .Attr<int64_t>("devices")
                                   .Attr<bool>("inputs"));

@@ -544,7 +544,7 @@ class Backwards {
     };
     const int64_t all = P + (io.dz == nullptr ? spans(s.D) : 0);
     if (each.run != nullptr) {
-      each.run(each.pool, all, work, this);
+      each.run(each.threads, all, work, this);
     } else {
       for (int64_t i = 0; i < all; ++i) work(this, i);
     }

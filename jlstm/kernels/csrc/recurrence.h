@@ -118,8 +118,8 @@ struct Program {
 
 // Runs work(data, 0) .. work(data, count - 1), on several threads if some are free.
 struct Each {
-  void* pool;
-  void (*run)(void* pool, int64_t count, void (*work)(void*, int64_t), void* data);
+  const void* threads;
+  void (*run)(const void* threads, int64_t count, void (*work)(void*, int64_t), void* data);
 };
 
 // The loops for one set of instructions. Rows are those that one thread takes.
