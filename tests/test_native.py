@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -130,6 +131,15 @@ EVERY = [
     (jlstm.LSTM(4, learned_carry=True), 2, "resets", True),
     (jlstm.LSTM(4), 9, "", True),
 ]
+
+
+def test_input_of_no_features_is_taken_as_the_reference_does():
+    (params, xs, *carries), cotangents = arguments(jlstm.LSTM(4), 3, 5, 1)
+    args = (dataclasses.replace(params, w_ih=params.w_ih[:0]), xs[..., :0], *carries)
+    for every in (None, 2):
+        found = results(native, jlstm.LSTM(4), args, cotangents, "resets", every=every)
+        expected = results(scan, jlstm.LSTM(4), args, cotangents, "resets")
+        check(found, expected, 1e-5)
 
 
 def test_library_is_built_where_there_is_a_compiler():

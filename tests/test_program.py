@@ -230,9 +230,17 @@ UNSUITED = {
     "it computes in bfloat16": lambda w, h, x: (h.astype(jnp.bfloat16) * 1.0, x),
     "of a sum over the rows": lambda w, h, x: (h - h.sum(0)[None], x),
     "it takes reshape": lambda w, h, x: (h, h.reshape(3, 2, 2)),
+    "it computes in int": lambda w, h, x: (h, h * halved(x)),
+    "widths 6 and 4": lambda w, h, x: (h, jnp.ones((3, 6))),
+    "widths 3 and 4": lambda w, h, x: (h, jnp.broadcast_to(w[0, :3], (3, 3))),
     "takes 1[0-9]+ instructions": lambda w, h, x: (wide(h), x),
     "it needs [0-9]+ vectors": lambda w, h, x: (tangled(h), x),
 }
+
+
+def halved(x):
+    numbers = jnp.where(x > 0, jnp.int32(3), jnp.int32(2))
+    return jax.lax.div(numbers, jnp.full_like(numbers, 2)).astype(x.dtype)
 
 
 def contract(a, b):
@@ -301,12 +309,60 @@ class Gated:
         return self.update(params, carry, zx, self.mix(params, carry, zx))
 
 
+@jlstm.config
+class Narrow(Gated):
+    """Two numbers of each row in the carry, which every column reads."""
+
+    def init_carry(self, params, batch_shape):
+        h = jnp.zeros((*batch_shape, self.hidden_size), params["w"].dtype)
+        return {"h": h, "a": jnp.ones_like(h[:, :1]), "b": jnp.ones_like(h[:, :1])}
+
+    def mix(self, params, carry, zx):
+        return carry["h"] @ params["u"][: self.hidden_size] + zx
+
+    def update(self, params, carry, zx, zh):
+        del zx
+        new = jnp.tanh(zh) * carry["a"] + carry["b"] * params["vector"][None]
+        return {"h": new, "a": 0.9 * carry["b"], "b": carry["a"] + 0.1}, new
+
+
+@jlstm.config
+class Flagged:
+    """Booleans in the carry, and nothing of the inputs but their number."""
+
+    hidden_size: int
+
+    def init(self, key, x):
+        return MGU(self.hidden_size).init(key, x)
+
+    def init_carry(self, params, batch_shape):
+        h = MGU(self.hidden_size).init_carry(params, batch_shape)
+        return {"h": h, "seen": jnp.zeros(h.shape, bool)}
+
+    def project(self, params, x):
+        return ()
+
+    def mix(self, params, carry, zx):
+        return MGU(self.hidden_size).mix(params, carry["h"], carry["h"])
+
+    def update(self, params, carry, zx, zh):
+        new = jnp.tanh(zh[:, : self.hidden_size]) + 0.1
+        seen = carry["seen"] | (new > 0.2)
+        return {"h": new, "seen": seen}, jnp.where(seen, new, 2 * new)
+
+    def step(self, params, carry, x):
+        return self.update(params, carry, (), self.mix(params, carry, ()))
+
+
 CASES = [
     # cell, rows, steps, features, how steps are masked, reverse, checkpoint_every
     (MGU(5), 3, 40, 2, "", False, None),
     (MGU(33), 7, 6, 5, "mask", True, None),
     (Gated(6), 35, 7, 3, "mask", False, None),
     (Gated(3), 5, 7, 3, "resets", True, 3),
+    (Gated(128), 3, 4, 3, "mask", False, None),  # numbers of rows by whole chunks
+    (Narrow(48), 3, 5, 3, "resets", False, None),  # rows that end inside chunks
+    (Narrow(160), 5, 5, 3, "mask", True, 2),
     (jlstm.LSTM(37, double_bias=True), 13, 6, 5, "lengths", False, None),
     (jlstm.LSTM(16), 21, 40, 4, "resets", True, None),  # several blocks of steps
     (jlstm.LSTM(128), 2, 3, 2, "", True, 2),  # whole chunks of one row
@@ -438,6 +494,48 @@ class Normed:
         return new, new
 
 
+@jlstm.config
+class OnlyForward(MGU):
+    """A gated cell whose derivative is no program, though its step is."""
+
+    def update(self, params, carry, zx, zh):
+        new = square(jnp.tanh((zx + zh)[:, : self.hidden_size]))
+        return new, new
+
+
+@jax.custom_jvp
+def square(x):
+    return x * x
+
+
+@square.defjvp
+def _(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return x * x, jnp.cos(jnp.arccos(x)) * 2 * dx
+
+
+def test_booleans_stay_booleans(monkeypatch):
+    monkeypatch.setattr(fused, "BYTES", 1)
+    cell, mask = Flagged(5), np.arange(20) < np.array([20, 0, 13])[:, None]
+    params, xs = setting(cell, 3, 20, 2)
+    carry = {"h": draw(3, 5, seed=1), "seen": draw(3, 5, seed=2) > 1}
+
+    def results(kernel):
+        def score(params, h):
+            before = {**carry, "h": h}
+            ys, after, _ = kernel.unroll(cell, params, xs, before, before, mask=mask)
+            return (ys**2).sum() + after["h"].sum(), (ys, after)
+
+        scores = jax.value_and_grad(score, (0, 1), has_aux=True)
+        return jax.jit(scores)(params, carry["h"])
+
+    (_, (ys, after)), grads = results(fused)
+    (_, (ys_, after_)), grads_ = results(scan)
+    test_native.check((ys, after["h"], grads), (ys_, after_["h"], grads_), 1e-5)
+    np.testing.assert_array_equal(after["seen"], after_["seen"])
+    assert after["seen"].dtype == bool
+
+
 def test_explanation_says_where_steps_run(monkeypatch):
     cell = jlstm.Elman(3)
     monkeypatch.setattr(door, "may_be_sharded", lambda: False)
@@ -447,6 +545,8 @@ def test_explanation_says_where_steps_run(monkeypatch):
     assert jlstm.explain(Normed(3)).note == (
         "its products in C++, the rest of its steps in XLA: it computes cumsum"
     )
+    assert jlstm.explain(cell, jnp.ones((2, 3, 4), int)).note != "its steps in C++"
+    assert jlstm.explain(OnlyForward(3)).note.endswith("in XLA: it computes acos")
     note = jlstm.explain(cell, jnp.ones((2, 3, 4), jnp.bfloat16)).note
     assert note == "its steps in XLA: these are for float32, got bfloat16"
     monkeypatch.setattr(library, "why_not", lambda: "is left out by JLSTM_NATIVE=0")

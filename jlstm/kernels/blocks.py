@@ -54,8 +54,8 @@ def over_blocks(
     """Runs ``block(state, part of read, place) -> (state, part of written)``.
 
     Blocks are cut out of batch-major arrays and written back into such, so that no
-    array of the length of the sequence is ever transposed. What XLA steps through is, a
-    block at a time.
+    array of the length of the sequence is ever transposed; if a loop wants that, it
+    transposes a block at a time.
     """
     numbers = [0, *itertools.accumulate(cut.blocks for cut in cuts)]
     for each, number in list(zip(cuts, numbers, strict=False))[:: -1 if reverse else 1]:

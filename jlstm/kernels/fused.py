@@ -7,6 +7,9 @@ carries only the cotangent of the carry :math:`s` and writes the cotangents of
 :math:`z^x` and :math:`z^h`. The gradients of the params come from one VJP over the
 steps of a block, taken as one batch, which XLA sees as large matrix products.
 
+A small param that ``update`` reads itself, a vector, has its gradient summed step by
+step; the fresh carry too, where resets restore it.
+
 The sequence runs in blocks of steps, so that what a block makes stays in the cache. The
 forward loop stores what the VJP of ``update`` holds (:mod:`jlstm.kernels.layout`); or,
 to save memory, only the carry before each block, and the reverse loop runs the block
@@ -22,7 +25,9 @@ they are a ``lax.scan`` (:mod:`jlstm.kernels.loops`), whose products with weight
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,10 +59,10 @@ from jlstm.types import (
 )
 
 # The projected inputs of a block take about so many bytes, which stay in the caches. It
-# has so many steps at least, since a block has a price of its own.
+# has about so many steps even if they take more, since a block has a price of its own.
 BYTES, STEPS = 3 << 19, 8
 # Weights of so many elements stay in a core's cache while each step reads them, which
-# pays for so many rows on each core.
+# pays from so many rows a core on.
 SMALL, ROWS = 1 << 18, 16
 
 
@@ -70,38 +75,47 @@ def why_not(cell: Cell, request: Request) -> str | None:
 
 
 def note(cell: Cell, request: Request, xs: PyTree = None) -> str:
-    """Says where the steps run; without inputs, those of eight features are assumed."""
+    """Says where the steps run, if that can be known.
+
+    Without inputs, those of eight features are assumed.
+    """
+    request = request._replace(platform=request.platform or jax.default_backend())
     if (reason := product.why_not(request)) is not None:
         return f"its steps in XLA: {reason}"
-    if xs is not None and jax.tree.leaves(xs)[0].shape[1] < 2:
-        return "one step, in XLA"
-    reason = _why_unsuited(cell, xs)
-    if reason is None:
-        return "its steps in C++"
-    return f"its products in C++, the rest of its steps in XLA: {reason}"
-
-
-def _why_unsuited(cell: Cell, xs: PyTree) -> str | None:
-    """Says why the steps of a cell are no program, as far as that can be known."""
     if xs is None:
         features = (8,) * getattr(cell, "x_ndim", 1)
         xs = jax.ShapeDtypeStruct((2, 2, *features), np.float32)
+    if jax.tree.leaves(xs)[0].shape[1] < 2:
+        return "one step, in XLA"
 
-    def bind(xs: PyTree) -> None:
-        params = cell.init(jax.random.key(0), blocks.at(xs, 0, axis=1))
-        params, xs = prepare(cell, params, xs)
-        carry = cell.init_carry(params, jax.tree.leaves(xs)[0].shape[:1])
-        given = Given(params, carry, carry, Sequence(xs, None, None))
-        static = _static(cell, given)
-        program.bind(*_forward_step(static, given, keep=True, projects=False))
+    def gradient(xs: PyTree) -> PyTree:
+        params, rest = split(cell.init(jax.random.key(0), blocks.at(xs, 0, axis=1)))
 
+        def total(params: PyTree) -> Array:
+            prepared, steps = prepare(cell, join(params, rest), xs)
+            carry = cell.init_carry(prepared, jax.tree.leaves(xs)[0].shape[:1])
+            out = unroll(cell, prepared, steps, carry, carry)
+            leaves = jax.tree.leaves(smooth_leaves(out))
+            return jnp.stack([leaf.astype(np.float32).sum() for leaf in leaves]).sum()
+
+        return jax.grad(total)(params)
+
+    token = _refused.set([])
     try:
-        jax.eval_shape(bind, xs)
-    except Unsuited as problem:
-        return str(problem)
+        with rows_in_one_place():
+            jax.eval_shape(gradient, xs)
     except Exception:
-        return None  # of inputs that cannot be guessed nothing is known
-    return None
+        return ""  # such inputs are not for this cell
+    else:
+        if not (reasons := _refused.get()):
+            return "its steps in C++"
+        return f"its products in C++, the rest of its steps in XLA: {reasons[0]}"
+    finally:
+        _refused.reset(token)
+
+
+# Why steps that were traced are no programs.
+_refused: ContextVar[list[str]] = ContextVar("refused")
 
 
 class Sequence(NamedTuple):
@@ -219,13 +233,24 @@ def _here() -> Request:
     return Request(platform=jax.default_backend(), sharded=may_be_sharded())
 
 
+def _in_cpp(step: Callable, fixed: PyTree, example: Steps) -> program.Program | str:
+    """Binds a step in C++, or says why that cannot be."""
+    if (reason := product.why_not(_here())) is not None:
+        return reason
+    try:
+        return program.bind(step, fixed, example)
+    except Unsuited as problem:
+        return str(problem)
+
+
 def _bind(
     step: Callable, fixed: PyTree, example: Steps, *, ahead: bool = False
 ) -> Loop:
     """Binds a step: in C++ if it can be."""
-    if product.why_not(_here()) is None:
-        with contextlib.suppress(Unsuited):
-            return program.bind(step, fixed, example)
+    loop = _in_cpp(step, fixed, example)
+    if not isinstance(loop, str):
+        return loop
+    _refused.get([]).append(loop)
     run = product.with_weights(step, fixed, *example)
     return loops.Scan(run, ahead=ahead and jax.default_backend() == "cpu")
 
@@ -343,13 +368,15 @@ class _Forward:
     ):
         self.static, self.given, self.outputs = static, given, outputs
         make = partial(_forward_step, static, given, keep=keep, outputs=outputs)
-        self.projects = _small_projection(static.cell, given)
-        if self.projects:
-            self.loop = _bind(*make(projects=True))
-            self.projects = isinstance(self.loop, program.Program)
-        if not self.projects:
-            ahead = static.layout.update_cuts_zx and not keep
-            self.loop = _bind(*make(projects=False), ahead=ahead)
+        small = _small_projection(static.cell, given)
+        loop = _in_cpp(*make(projects=True)) if small else None
+        self.projects = isinstance(loop, program.Program)
+        ahead = static.layout.update_cuts_zx and not keep
+        self.loop: Loop = (
+            loop
+            if isinstance(loop, program.Program)
+            else _bind(*make(projects=False), ahead=ahead)
+        )
         self.axis = self.loop.axis
 
     def __call__(
@@ -424,18 +451,20 @@ def _forward_step(
 
 def _small_projection(cell: Any, given: Given) -> bool:
     """Whether steps may project their inputs themselves."""
-    zx = jax.tree.leaves(_abstract_step(cell, given).zx)
-    if zx[0].shape[0] * jax.local_device_count() < ROWS * library.cores():
+    xs, zx = map(jax.tree.leaves, (given.sequence.xs, _abstract_step(cell, given).zx))
+    batch = xs[0].shape[0]
+    if batch * jax.local_device_count() < ROWS * library.cores():
         return False
-    features = sum(leaf[0, 0].size for leaf in jax.tree.leaves(given.sequence.xs))
-    return features * sum(leaf.size // leaf.shape[0] for leaf in zx) <= SMALL
+    features = sum(math.prod(leaf.shape[2:]) for leaf in xs)
+    return features * sum(leaf.size // batch for leaf in zx) <= SMALL
 
 
 # The reverse loop.
 
 
 def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
-    # Where that is known, it was known when the outputs were computed.
+    # This may be traced outside what the forward loop was traced in: a shard_map, or a
+    # context, which said that no batch is cut.
     with contextlib.nullcontext() if static.sharded else rows_in_one_place():
         return _backward(static, saved, cotangents)
 
@@ -449,23 +478,24 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple:
     ((stored_axis, stored),) = stored.items()
     dys, dcarry, dcarries = (smooth_leaves(tree) for tree in cotangents)
     params, params_rest = split(given.params)
-    # Of these only the structure counts, and what is made of params alone.
+    # What is stored of a step replaces its part of these; the rest is made of params.
     first = _first_step(cell, given)
     like = layouts.update(cell, layout, given.params, first)[1]
-    kept_like = _results(static, given)[2]
+    stored_like = _results(static, given)[2]
     again = None
     if static.checkpoint_every is not None:
         again = _Forward(static, given, keep=True, outputs=False)
 
     _, *flags = given.sequence
-    kept = (*flags, dys, dcarries)
+    kept = (*flags, dys, dcarries)  # read at each step
     zeros = jax.tree.map(jnp.zeros_like, smooth_leaves(given.fresh))
     dvectors = layouts.take(given.params, layout.vectors)
     dvectors = [_wide_zeros(leaf) for leaf in dvectors]
-    # What a block stores when it runs again is in arrays of its own.
-    parts = (kept_like, []) if again else ([], kept_like)
-    kept_now = blocks.at(kept, 0, axis=1)
-    example = Steps((dcarry, zeros), dvectors, parts[0], kept_now, parts[1])
+    # What is stored of a step comes by ``stored`` if the forward loop has written it,
+    # and by ``inputs`` if the block was run again; one of the two is always empty.
+    parts = (stored_like, []) if again else ([], stored_like)
+    first_read = blocks.at(kept, 0, axis=1)
+    example = Steps((dcarry, zeros), dvectors, parts[0], first_read, parts[1])
     loop = _bind(_backward_step(static), (given.params, like, first.zx), example)
     axis = loop.axis
     if not again and stored_axis != axis:
@@ -475,7 +505,7 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple:
         (state, dvectors), dparams = cotangent
         time = jax.tree.leaves(xs)[0].shape[1]
         if again:
-            made = _buffers(kept_like, time, again.axis)
+            made = _buffers(stored_like, time, again.axis)
             carry = blocks.at(stored, place.number, axis=0)
             made = again(carry, xs, None, made, place.start, 0)[2]
             made = made if again.axis == axis else time_major(made)

@@ -60,8 +60,8 @@ class Place:
     """Memory of ``width`` floats a row.
 
     Kinds: ``input`` and ``out`` have steps, ``kept`` has them from some step on;
-    ``state`` is handed from step to step; ``rows`` is the same in all steps and
-    ``same`` in all rows; ``scratch`` is a thread's own.
+    ``written`` too; ``state`` is handed from step to step; ``rows`` is the same in all
+    steps and ``same`` in all rows; ``scratch`` is a thread's own.
     """
 
     kind: str
@@ -177,6 +177,8 @@ class Graph:
         if isinstance(value, Row):
             self.check_columns(value)
             return value
+        if width > 1 and width % self.unit:
+            raise Unsuited(f"widths {width} and {self.unit} have no common columns")
         shape = jnp.shape(value.value)
         rows = shape == value.shape and shape[:1] == (self.batch,) and self.batch > 1
         flat = shape if len(shape) < 2 or rows else shape[1:]
@@ -358,7 +360,9 @@ def _each(graph: Graph, op: Callable, rows: list[Row], width: int) -> Row:
 
 
 def _elements(graph: Graph, eqn: Any, given: list) -> Row:
-    width = _width(graph, eqn)
+    width, dtype = _width(graph, eqn), eqn.outvars[0].aval.dtype
+    if dtype not in (np.float32, np.bool_):
+        raise Unsuited(f"it computes in {dtype}")
     op = _operation(graph, eqn)
     return _each(graph, op, [graph.row(value, width) for value in given], width)
 

@@ -7,6 +7,7 @@ others by little work, or is made of params alone, is made again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,8 +62,10 @@ class Kept(NamedTuple):
 class Layout(NamedTuple):
     """What the parts of a cell read and keep, found by tracing one step."""
 
-    vectors: tuple[int, ...]  # params that update reads, summed step by step
-    matrices: tuple[int, ...]  # the same, but summed over a block at once
+    # Params that update reads, as leaves: those no larger than the carry of a row,
+    # whose gradients are summed step by step, and those summed over a block at once.
+    vectors: tuple[int, ...]
+    matrices: tuple[int, ...]
     mix_reads_zx: bool
     update_cuts_zx: bool  # rather than to begin by arithmetic on all of it
     dzx_is_dzh: bool = False  # of update's VJP, as where zx + zh is all that is read
@@ -123,7 +126,8 @@ def update(cell: Any, layout: Layout, params: PyTree, step: Step) -> tuple:
 def find(cell: Any, params: PyTree, step: Step) -> Layout:
     """Traces one step; of ``step`` only shapes and dtypes count."""
     leaves = jax.tree.leaves(params)
-    largest = max((leaf.size for leaf in jax.tree.leaves(step.carry)), default=0)
+    rows = (math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(step.carry))
+    largest = max(rows, default=0)
 
     def reads(places: list[int]) -> bool:
         def run(values: list[Array], fixed: tuple) -> PyTree:
@@ -190,7 +194,7 @@ def _find_stored(cell: Any, layout: Layout, params: PyTree, step: Step) -> Layou
 
 
 def begins_by_cutting(fun: Callable, args: tuple) -> bool:
-    """Whether ``fun`` begins by taking parts of its first argument."""
+    """Whether ``fun`` takes parts of its first argument as it is."""
     jaxpr = jax.make_jaxpr(fun)(*args).jaxpr
     given = set(map(id, jaxpr.invars[: len(jax.tree.leaves(args[0]))]))
     cutting = {"slice", "split", "dynamic_slice", "gather"}

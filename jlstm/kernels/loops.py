@@ -33,8 +33,8 @@ class Span(NamedTuple):
 
     time: int  # how many
     reverse: bool
-    read: Any = 0  # the first, in kept and stored
-    write: Any = 0  # where the first is written
+    read: Any = 0  # where they begin in kept and stored
+    write: Any = 0  # and in what is written
 
 
 class Loop(Protocol):
@@ -47,9 +47,9 @@ class Loop(Protocol):
 
         Args:
           steps: what they read.
-          to: ``(written, stored)``, arrays of the whole sequence, into part of which
-            that is written: ``[B, T, ...]``, and in the order of the loop. New arrays
-            are made of ``outs``, in the order of the loop.
+          to: ``(written, stored)``, longer arrays, into part of which that is written:
+            ``[B, T, ...]``, and in the order of the loop. New arrays are made of
+            ``outs``, in the order of the loop.
           span: which steps.
         """
         ...

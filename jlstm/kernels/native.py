@@ -116,7 +116,17 @@ def unroll(
     """Runs an LSTM or a GRU; see :func:`jlstm.kernels.scan.unroll`."""
     del return_carries
     if not xs.size:
-        return fused.unroll(cell, params, xs, carry, fresh, mask=mask, reverse=reverse)
+        return fused.unroll(
+            cell,
+            params,
+            xs,
+            carry,
+            fresh,
+            mask=mask,
+            resets=resets,
+            reverse=reverse,
+            checkpoint_every=checkpoint_every,
+        )
     gru = isinstance(cell.cell if isinstance(cell, Lookup) else cell, GRU)
     none = jnp.zeros((0,), np.float32)
     if isinstance(cell, Lookup):

@@ -139,10 +139,10 @@ class _Code:
                     stores.append((place, link.row))
                 self.links.append((self._phase_of(link.row), place, link))
         last = max((self._levels[node] for node in needed), default=0)
-        phases: list[list[_Store]] = [[] for _ in range(last + 1)]
+        phases: list[list[_Store]] = [[] for _ in range(last + 2)]
         for place, row in stores:
             self._place_stores(place, row, phases)
-        self._order(phases)
+        self._order(phases if phases[-1] else phases[:-1])
 
     def _phase_of(self, row: Row) -> int:
         return max(self._levels[node] for node in row.columns)
@@ -166,7 +166,11 @@ class _Code:
             # the phase that reads it anyway.
             moved = op in ("load", "splat") and kind != "scratch"
             late = moved or kind == "state"
-            number = len(phases) - 1 if late else self._levels[node]
+            number = len(phases) - 2 if late else self._levels[node]
+            # All vectors of a row read its one element, so that no phase which uses it
+            # may write it.
+            if kind == "state" and self.graph.places[place].width < self.graph.unit:
+                number = len(phases) - 1
             phases[number].append(_Store(place, i, node))
 
     def _order(self, phases: list[list[_Store]]) -> None:
@@ -375,6 +379,8 @@ class Program:
             reverse=reverse,
         )
         ends = [made[i] for i in made_at["state"]]
+        for i, state in enumerate(states):
+            ends[i] = ends[i].astype(state.dtype)
         added = [
             a + wide.sum(0) for a, wide in zip(sums, ends[len(states) :], strict=True)
         ]

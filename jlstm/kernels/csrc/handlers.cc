@@ -68,7 +68,7 @@ void give(void* data, size_t bytes) {
   std::lock_guard<std::mutex> lock(kept_mutex);
   kept_blocks.push_back({data, bytes});
   kept_bytes += bytes;
-  // The oldest go first.
+  // About the oldest go first.
   while (kept_bytes > kMostKept) {
     std::free(kept_blocks.front().data);
     kept_bytes -= kept_blocks.front().bytes;
@@ -88,7 +88,6 @@ class Floats {
   Floats(const Floats&) = delete;
   Floats& operator=(const Floats&) = delete;
   float* data() const { return data_; }
-  int64_t size() const { return size_; }
 
  private:
   size_t bytes() const { return size_ * sizeof(float); }
@@ -124,8 +123,9 @@ constexpr int64_t kFewRows = 8;
 // and a helper that comes late keeps nobody waiting.
 class Team {
  public:
-  // Runs f(0) .. f(count - 1) on so many hands, or returns false if others are at work.
-  // Helpers are kept for what follows if more is said to.
+  // Runs f(0) .. f(count - 1) on so many hands, and on helpers of the call before. Returns
+  // false if another call has the team, or if there are too many tiles. Helpers are kept
+  // for what follows if more is said to.
   template <typename F>
   bool run(ffi::ThreadPool& pool, int64_t hands, int64_t count, const F& f, bool more) {
     if (count > kMost || busy_.test_and_set(std::memory_order_acquire)) return false;

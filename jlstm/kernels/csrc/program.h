@@ -61,15 +61,15 @@ void run_instructions(const Instruction* code, int64_t count, const Chunk& at,
       const Memory& to = memory[op.a];
       const Vec* from = registers[op.to];
       float* base = to.now + op.b * unit;
-      if (Dense) {
+      if (to.width == 1) {
+        for (int c = 0; c < at.count; ++c) {
+          if (at.lanes[c] == 0) base[at.rows[c] * to.row] = from[c][0];
+        }
+      } else if (Dense) {
         float* first = base + at.rows[0] * to.row + at.lanes[0];
         for (int c = 0; c < kChunk; ++c) {
           __builtin_prefetch(first + c * W + to.ahead, 1);
           store(first + c * W, from[c]);
-        }
-      } else if (to.width == 1) {
-        for (int c = 0; c < at.count; ++c) {
-          if (at.lanes[c] == 0) base[at.rows[c] * to.row] = from[c][0];
         }
       } else {
         for (int c = 0; c < at.count; ++c) {
