@@ -13,6 +13,7 @@ the fused loop's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ import numpy as np
 from jlstm.cells.gru import GRU, GRUCarry, GRUParams
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams
 from jlstm.cells.wrappers import Lookup
-from jlstm.kernels import blocks, fused, library
+from jlstm.kernels import fused, library
+from jlstm.kernels.blocks import segments
 from jlstm.kernels.request import Request
 from jlstm.types import Array, Cell, PyTree
 
@@ -89,7 +91,7 @@ class Carries(NamedTuple):
     """What is kept instead where the steps of blocks are computed again."""
 
     h: Array  # [K, B, H], before each block
-    c: Array  # the same, of an LSTM
+    c: Array
 
 
 class Static(NamedTuple):
@@ -174,7 +176,9 @@ def _run(static: Static, args: Args, flags: Flags) -> Out:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run_and_keep(static: Static, args: Args, flags: Flags) -> tuple:
-    return _forward(static, args, flags, keep=True, block=static.checkpoint_every)
+    if static.checkpoint_every is None:
+        return _forward(static, args, flags, keep=True)
+    return _forward_in_blocks(static, args, flags)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -255,61 +259,94 @@ _gradients.defvjp(_gradients_fwd, _gradients_bwd)
 # Blocks of steps, computed again for their gradients.
 
 
+def _over_blocks(
+    static: Static, time: int, run: Callable, state: Any, *, backward: bool
+) -> Any:
+    """Hands a state through ``run(state, start, steps)``, in the order of blocks."""
+    back = static.reverse != backward
+    cuts = segments(time, _size(static))
+    for start, blocks, steps in reversed(cuts) if back else cuts:
+
+        def body(state: Any, start: Array, steps: int = steps) -> tuple[Any, None]:
+            return run(state, start, steps), None
+
+        starts = start + steps * jnp.arange(blocks)
+        state, _ = jax.lax.scan(body, state, starts, reverse=back)
+    return state
+
+
+def _cut(x: Array, start: Array, steps: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, steps, 1) if x.size else x
+
+
+def _size(static: Static) -> int:
+    assert static.checkpoint_every is not None
+    return static.checkpoint_every
+
+
+def _forward_in_blocks(static: Static, args: Args, flags: Flags) -> tuple[Out, Carries]:
+    # By XLA's loop, which leaves the outputs out where nothing reads them.
+    time, every = args.xs.shape[1], _size(static)
+
+    def run(state: tuple[Out, Carries], start: Array, steps: int) -> tuple:
+        before, kept = state
+        cut = partial(_cut, start=start, steps=steps)
+        now = args._replace(xs=cut(args.xs), h=before.h, c=before.c)
+        out, _ = _forward(static, now, jax.tree.map(cut, flags), keep=False)
+        ys = jax.lax.dynamic_update_slice_in_dim(before.ys, out.ys, start, 1)
+        kept = Carries(
+            kept.h.at[start // every].set(before.h),
+            kept.c.at[start // every].set(before.c),
+        )
+        return out._replace(ys=ys), kept
+
+    shape = (*args.xs.shape[:2], args.w_hh.shape[0])
+    ys = library.memory(jax.ShapeDtypeStruct(shape, np.float32))
+    count = -(-time // every)
+    kept = Carries(*(jnp.zeros((count, *x.shape), x.dtype) for x in (args.h, args.c)))
+    state = Out(ys, args.h, args.c), kept
+    return _over_blocks(static, time, run, state, backward=False)
+
+
 def _backward_in_blocks(
     static: Static, args: Args, flags: Flags, kept: Carries, cotangents: Out
 ) -> Args:
-    every = static.checkpoint_every
-    assert every is not None
+    every = _size(static)
 
-    def run(sums: Args, start: Array, steps: int) -> tuple[Args, None]:
-        def cut(x: Array) -> Array:
-            return blocks.cut(x, start, steps, axis=1) if x.size else x
-
-        h, c = (x[start // every] if x.size else x for x in kept)
-        now = args._replace(xs=cut(args.xs), h=h, c=c)
+    def run(sums: Args, start: Array, steps: int) -> Args:
+        cut = partial(_cut, start=start, steps=steps)
+        number = start // every
+        now = args._replace(xs=cut(args.xs), h=kept.h[number], c=kept.c[number])
         now_flags = jax.tree.map(cut, flags)
-        _, again = _forward(static, now, now_flags, keep=True)
-        assert isinstance(again, Kept)
+        _, all_kept = _forward(static, now, now_flags, keep=True)
         by_out = Out(cut(cotangents.ys), sums.h, sums.c)
-        new = _backward(static, now, now_flags, again, by_out)
-        dxs = blocks.paste(sums.xs, new.xs, start, axis=1)
+        new = _backward(static, now, now_flags, all_kept, by_out)
+        dxs = jax.lax.dynamic_update_slice_in_dim(sums.xs, new.xs, start, 1)
         added = jax.tree.map(jnp.add, sums._replace(xs=()), new._replace(xs=()))
-        return added._replace(xs=dxs, h=new.h, c=new.c), None
+        return added._replace(xs=dxs, h=new.h, c=new.c)
 
     sums = jax.tree.map(jnp.zeros_like, args)
     dxs = library.memory(args.xs)  # all of it is written
     sums = sums._replace(xs=dxs, h=cotangents.h, c=cotangents.c)
-    back = not static.reverse
-    segments = blocks.segments(args.xs.shape[1], every)
-    for start, count, steps in reversed(segments) if back else segments:
-        starts = start + steps * jnp.arange(count)
-        sums, _ = jax.lax.scan(partial(run, steps=steps), sums, starts, reverse=back)
-    return sums
+    return _over_blocks(static, args.xs.shape[1], run, sums, backward=True)
 
 
 # The calls of the library.
 
 
 def _forward(
-    static: Static, args: Args, flags: Flags, *, keep: bool, block: int | None = None
-) -> tuple[Out, Kept | Carries]:
-    """Keeps what the backward loop reads, or the carry before each block of steps."""
+    static: Static, args: Args, flags: Flags, *, keep: bool
+) -> tuple[Out, Kept]:
     lead, size = args.xs.shape[:2], args.w_hh.shape[0]
     each, none = (*lead, size), (0,)
-    kept = kept_c = none
-    if block is not None:
-        kept = kept_c = (-(-lead[1] // block), lead[0], size)
-    elif keep:
-        kept, kept_c = (*lead, 4 * size), each
-    kept_c = none if static.gru else kept_c
-    if args.w_ih.size and lead[0] < FEW_ROWS and lead[1] > 1 and block is None:
+    gates = (*lead, 4 * size) if keep else none
+    before_c = each if keep and not static.gru else none
+    if args.w_ih.size and lead[0] < FEW_ROWS and lead[1] > 1:
         projected = args.xs @ args.w_ih
         args = args._replace(xs=projected, w_ih=jnp.zeros(none, projected.dtype))
-    shapes = (each, args.h.shape, args.c.shape, kept, kept_c)
-    options = {"block": np.int64(block or 0)}
-    ys, h, c, *made = _call("jlstm_forward", shapes, static, *args, *flags, **options)
-    out = Out(ys, h, c)
-    return out, Kept(ys, *made) if block is None else Carries(*made)
+    shapes = (each, args.h.shape, args.c.shape, gates, before_c)
+    ys, h, c, gates, before_c = _call("jlstm_forward", shapes, static, *args, *flags)
+    return Out(ys, h, c), Kept(ys, gates, before_c)
 
 
 def _backward(
@@ -374,7 +411,7 @@ def _call(
     static: Static,
     *args: Array,
     aliases: Any = None,
-    **options: Any,
+    **options: bool,
 ) -> list[Array]:
     results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     options = {"gru": static.gru, "reverse": static.reverse, **options}

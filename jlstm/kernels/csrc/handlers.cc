@@ -327,8 +327,8 @@ void pack(const Threads& threads, int64_t hands, Cell cell, const Shape& s,
 ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
                    Buffer bias, Buffer bias_n, Buffer h0, Buffer c0, Buffer fresh_h,
                    Buffer fresh_c, Booleans mask, Booleans resets, Result ys, Result h,
-                   Result c, Result kept, Result kept_c, bool gru, bool reverse,
-                   int64_t block, int64_t devices) {
+                   Result c, Result gates, Result before_c, bool gru,
+                   bool reverse, int64_t devices) {
   const Threads threads(pool, devices);
   const auto x = xs.dimensions();
   const Shape s{x[0], x[1], x[2], w_hh.dimensions()[0]};
@@ -336,15 +336,13 @@ ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
   const bool projected = w_ih.element_count() == 0;
   const Forward io{data(xs),  projected,      data(bias),      data(bias_n),
                    data(h0),  data(c0),       data(fresh_h),   data(fresh_c),
-                   data(*ys), data(*h),       data(*c),
-                   block ? nullptr : data(*kept), block ? nullptr : data(*kept_c),
-                   block,     block ? data(*kept) : nullptr, data(*kept_c)};
+                   data(*ys), data(*h),       data(*c),        data(*gates),
+                   data(*before_c)};
   const Flags flags = flags_of(mask, resets, reverse);
-  for (Result* result : {&ys, &kept, &kept_c}) {
+  for (Result* result : {&ys, &gates, &before_c}) {
     in_large_pages((**result).untyped_data(), (**result).size_bytes());
   }
-  const bool keeps = kept->element_count() > 0;
-  if (s.T == 1 && s.B <= kFewRows && !keeps && !projected) {
+  if (s.T == 1 && s.B <= kFewRows && io.gates == nullptr && !projected) {
     share(threads, kAll, loops().step_panels(s), [&](int64_t panel) {
       loops().step(cell, s, flags, io, data(w_ih), data(w_hh), panel);
     });
@@ -675,11 +673,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_forward, jlstm::forward,
                                   .Ret<jlstm::Buffer>()  // ys
                                   .Ret<jlstm::Buffer>()  // h
                                   .Ret<jlstm::Buffer>()  // c
-                                  .Ret<jlstm::Buffer>()  // gates, or h before blocks
-                                  .Ret<jlstm::Buffer>()  // c before steps, or blocks
+                                  .Ret<jlstm::Buffer>()  // gates
+                                  .Ret<jlstm::Buffer>()  // before_c
                                   .Attr<bool>("gru")
                                   .Attr<bool>("reverse")
-                                  .Attr<int64_t>("block")
                                   .Attr<int64_t>("devices"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_backward, jlstm::backward,

@@ -137,13 +137,6 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
   for (int64_t step = 0; step < s.T; ++step) {
     const int64_t t = time(step), block = ahead ? step % ahead : 0;
     if (ahead && block == 0) project(step);
-    if (io.block_h != nullptr && (step == 0 || (t + flags.reverse) % io.block == 0)) {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t to = (t / io.block * s.B + rows[i]) * H;
-        copy(h_at(i, 0), H, io.block_h + to);
-        if (kLstm) copy(cs.at(i * padded), H, io.block_c + to);
-      }
-    }
     if (flags.resets != nullptr) {
       for (int64_t i = 0; i < count; ++i) {
         if (flags.resets[rows[i] * s.T + t]) set(i, io.fresh_h, io.fresh_c);

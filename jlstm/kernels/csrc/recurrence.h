@@ -39,9 +39,6 @@ struct Forward {
   // For the backward loop; null where no gradient is wanted.
   float* gates;     // [B, T, 4 H]; of a GRU r, z, h W_n + b_n and n
   float* before_c;  // [B, T, H], c before each step
-  // Or the carry before each block of so many steps; null where none is wanted.
-  int64_t block;
-  float *block_h, *block_c;  // [K, B, H]
 };
 
 struct Backward {
