@@ -181,10 +181,10 @@ def test_checkpoint_every_is_refused_by_name(value):
         jlstm.RNN(jlstm.LSTM(3), checkpoint_every=value)
 
 
-def layout_of(cell):
-    xs = jnp.zeros((BATCH, TIME, SIZE))
+def layout_of(cell, batch=BATCH):
+    xs = jnp.zeros((batch, TIME, SIZE))
     params = cell.init(KEY, xs[:, 0])
-    carry = cell.init_carry(params, (BATCH,))
+    carry = cell.init_carry(params, (batch,))
     step = layout.first_step(cell, params, carry, xs)
     found = layout.find(cell, params, step)
     kept = layout.update(cell, found, params, step)[1]
@@ -211,6 +211,8 @@ def test_what_update_reads_is_found():
     assert (vector.vectors, vector.matrices) == ((0,), ())
     matrix = layout_of(jlstm.GRU(4, reset_after=False))[0]
     assert (len(matrix.vectors), len(matrix.matrices)) == (0, 1)
+    many = layout_of(jlstm.GRU(4, reset_after=False), batch=100)[0]
+    assert many.matrices == matrix.matrices
     assert layout_of(jlstm.LSTM(4))[0].matrices == ()
 
 

@@ -229,13 +229,9 @@ def _wide_zeros(leaf: Array) -> Array:
 # Where loops run, and what they write to.
 
 
-def _here() -> Request:
-    return Request(platform=jax.default_backend(), sharded=may_be_sharded())
-
-
 def _in_cpp(step: Callable, fixed: PyTree, example: Steps) -> program.Program | str:
     """Binds a step in C++, or says why that cannot be."""
-    if (reason := product.why_not(_here())) is not None:
+    if (reason := product.why_not_here()) is not None:
         return reason
     try:
         return program.bind(step, fixed, example)
@@ -271,7 +267,7 @@ def _buffers(like: PyTree, time: int, axis: int) -> PyTree:
         spec = PartitionSpec(*longer(sharding.spec, None))
         return jax.sharding.reshard(array, spec)
 
-    in_cpp = product.why_not(_here()) is None
+    in_cpp = product.why_not_here() is None
     buffers = jax.tree.map(buffer, like)
     return library.memory(buffers) if in_cpp else buffers
 
@@ -368,16 +364,14 @@ class _Forward:
     ):
         self.static, self.given, self.outputs = static, given, outputs
         make = partial(_forward_step, static, given, keep=keep, outputs=outputs)
-        small = _small_projection(static.cell, given)
-        loop = _in_cpp(*make(projects=True)) if small else None
-        self.projects = isinstance(loop, program.Program)
-        ahead = static.layout.update_cuts_zx and not keep
-        self.loop: Loop = (
-            loop
-            if isinstance(loop, program.Program)
-            else _bind(*make(projects=False), ahead=ahead)
-        )
-        self.axis = self.loop.axis
+        loop: Loop | str = "its projection is large"
+        if _small_projection(static.cell, given):
+            loop = _in_cpp(*make(projects=True))
+        self.projects = not isinstance(loop, str)
+        if isinstance(loop, str):
+            ahead = static.layout.update_cuts_zx and not keep
+            loop = _bind(*make(projects=False), ahead=ahead)
+        self.loop, self.axis = loop, loop.axis
 
     def __call__(
         self,

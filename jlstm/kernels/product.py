@@ -33,6 +33,12 @@ def why_not(request: Request) -> str | None:
     return reason and f"the library {reason}"
 
 
+def why_not_here() -> str | None:
+    """Says the same of what is traced now."""
+    here = Request(platform=jax.default_backend(), sharded=may_be_sharded())
+    return why_not(here)
+
+
 def with_weights(fun: Callable, params: PyTree, *args: PyTree) -> Callable:
     """Returns ``lambda *args: fun(params, *args)``, with its products in C++.
 
@@ -44,8 +50,7 @@ def with_weights(fun: Callable, params: PyTree, *args: PyTree) -> Callable:
       params: the params, to which ``fun`` is bound.
       *args: arguments like those to come.
     """
-    here = Request(platform=jax.default_backend(), sharded=may_be_sharded())
-    if why_not(here) is None:
+    if why_not_here() is None:
         closed, shape = jax.make_jaxpr(fun, return_shape=True)(params, *args)
         leaves, out = jax.tree.leaves(params), jax.tree.structure(shape)
         weights = dict(zip(closed.jaxpr.invars, leaves, strict=False))
@@ -110,7 +115,8 @@ def _evaluate(closed: ClosedJaxpr, products: dict[int, Any], args: list) -> list
         elif found is not None:
             made = _evaluate(eqn.params["jaxpr"], found, list(map(read, eqn.invars)))
         else:
-            names = [atom for atom in eqn.invars if not isinstance(atom, Literal)]
+            given = (atom for atom in eqn.invars if not isinstance(atom, Literal))
+            names = list(dict.fromkeys(given))
             alone = jaxpr.replace(
                 constvars=[], invars=names, outvars=eqn.outvars, eqns=[eqn]
             )
