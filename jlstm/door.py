@@ -261,7 +261,8 @@ def shard_like(x: Any, like: PyTree, axes: int | None = None) -> Any:
 
 def shapes(tree: PyTree, drop: int = 0) -> str:
     """Writes the shapes of a tree's leaves, without ``drop`` axes after the batch."""
-    found = [list(x.shape[:1] + x.shape[1 + drop :]) for x in jax.tree.leaves(tree)]
+    found = [np.shape(x) for x in jax.tree.leaves(tree)]
+    found = [list(shape[:1] + shape[1 + drop :]) for shape in found]
     return str(found[0]) if len(found) == 1 else str(found)
 
 
@@ -316,7 +317,7 @@ def batch_and_time(xs: PyTree, where: str) -> tuple[int, int]:
       ValueError: no leaves, a leaf of fewer than two axes, or leaves that disagree.
     """
     leaves = jax.tree.leaves(xs)
-    if not leaves or any(leaf.ndim < 2 for leaf in leaves):
+    if not leaves or any(np.ndim(leaf) < 2 for leaf in leaves):
         raise error(where, f"xs must be [B, T, ...], got shape {shapes(xs)}")
     if len({leaf.shape[:2] for leaf in leaves}) > 1:
         raise error(

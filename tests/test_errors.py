@@ -399,6 +399,11 @@ MISTAKES = {
         ValueError,
         "embed.Embed: ids must lie in 0..6, got values from 7 to 7",
     ),
+    "a number of features where an input is needed": Mistake(
+        lambda: jlstm.RNN(LSTM).init(KEY, 3),
+        ValueError,
+        "RNN.init: xs must be [B, T, ...], got shape []",
+    ),
     "params of another layer": Mistake(
         lambda: DENSE.apply(DENSE.init(KEY, XS), XS[..., :2]),
         ValueError,

@@ -13,7 +13,6 @@ the fused loop's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -185,9 +184,7 @@ def _run_and_keep(static: Static, args: Args, flags: Flags) -> tuple:
 def _gradients(
     static: Static, args: Args, flags: Flags, kept: Kept | Carries, cotangents: Out
 ) -> Args:
-    if isinstance(kept, Kept):
-        return _backward(static, args, flags, kept, cotangents)
-    return _backward_in_blocks(static, args, flags, kept, cotangents)
+    return _backward(static, args, flags, kept, cotangents)
 
 
 def _run_fwd(static: Static, args: Args, flags: Flags) -> tuple:
@@ -259,26 +256,6 @@ _gradients.defvjp(_gradients_fwd, _gradients_bwd)
 # Blocks of steps, computed again for their gradients.
 
 
-def _over_blocks(
-    static: Static, time: int, run: Callable, state: Any, *, backward: bool
-) -> Any:
-    """Hands a state through ``run(state, start, steps)``, in the order of blocks."""
-    back = static.reverse != backward
-    cuts = segments(time, _size(static))
-    for start, blocks, steps in reversed(cuts) if back else cuts:
-
-        def body(state: Any, start: Array, steps: int = steps) -> tuple[Any, None]:
-            return run(state, start, steps), None
-
-        starts = start + steps * jnp.arange(blocks)
-        state, _ = jax.lax.scan(body, state, starts, reverse=back)
-    return state
-
-
-def _cut(x: Array, start: Array, steps: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, start, steps, 1) if x.size else x
-
-
 def _size(static: Static) -> int:
     assert static.checkpoint_every is not None
     return static.checkpoint_every
@@ -289,8 +266,10 @@ def _forward_in_blocks(static: Static, args: Args, flags: Flags) -> tuple[Out, C
     time, every = args.xs.shape[1], _size(static)
 
     def run(state: tuple[Out, Carries], start: Array, steps: int) -> tuple:
+        def cut(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, steps, 1) if x.size else x
+
         before, kept = state
-        cut = partial(_cut, start=start, steps=steps)
         now = args._replace(xs=cut(args.xs), h=before.h, c=before.c)
         out, _ = _forward(static, now, jax.tree.map(cut, flags), keep=False)
         ys = jax.lax.dynamic_update_slice_in_dim(before.ys, out.ys, start, 1)
@@ -298,37 +277,19 @@ def _forward_in_blocks(static: Static, args: Args, flags: Flags) -> tuple[Out, C
             kept.h.at[start // every].set(before.h),
             kept.c.at[start // every].set(before.c),
         )
-        return out._replace(ys=ys), kept
+        return (out._replace(ys=ys), kept), None
 
     shape = (*args.xs.shape[:2], args.w_hh.shape[0])
     ys = library.memory(jax.ShapeDtypeStruct(shape, np.float32))
     count = -(-time // every)
     kept = Carries(*(jnp.zeros((count, *x.shape), x.dtype) for x in (args.h, args.c)))
     state = Out(ys, args.h, args.c), kept
-    return _over_blocks(static, time, run, state, backward=False)
-
-
-def _backward_in_blocks(
-    static: Static, args: Args, flags: Flags, kept: Carries, cotangents: Out
-) -> Args:
-    every = _size(static)
-
-    def run(sums: Args, start: Array, steps: int) -> Args:
-        cut = partial(_cut, start=start, steps=steps)
-        number = start // every
-        now = args._replace(xs=cut(args.xs), h=kept.h[number], c=kept.c[number])
-        now_flags = jax.tree.map(cut, flags)
-        _, all_kept = _forward(static, now, now_flags, keep=True)
-        by_out = Out(cut(cotangents.ys), sums.h, sums.c)
-        new = _backward(static, now, now_flags, all_kept, by_out)
-        dxs = jax.lax.dynamic_update_slice_in_dim(sums.xs, new.xs, start, 1)
-        added = jax.tree.map(jnp.add, sums._replace(xs=()), new._replace(xs=()))
-        return added._replace(xs=dxs, h=new.h, c=new.c)
-
-    sums = jax.tree.map(jnp.zeros_like, args)
-    dxs = library.memory(args.xs)  # all of it is written
-    sums = sums._replace(xs=dxs, h=cotangents.h, c=cotangents.c)
-    return _over_blocks(static, args.xs.shape[1], run, sums, backward=True)
+    cuts = segments(time, every)
+    for start, blocks, steps in reversed(cuts) if static.reverse else cuts:
+        starts = start + steps * jnp.arange(blocks)
+        body = partial(run, steps=steps)
+        state, _ = jax.lax.scan(body, state, starts, reverse=static.reverse)
+    return state
 
 
 # The calls of the library.
@@ -350,42 +311,49 @@ def _forward(
 
 
 def _backward(
-    static: Static, args: Args, flags: Flags, kept: Kept, cotangents: Out
+    static: Static, args: Args, flags: Flags, kept: Kept | Carries, cotangents: Out
 ) -> Args:
-    carry = (args.h.shape, args.c.shape)
-    fresh = carry if flags.resets.size else ((0,), (0,))
+    lead, features = args.xs.shape[:2], args.xs.shape[2]
     size, columns = args.w_hh.shape
-    # Of larger weights XLA computes the product, once all cotangents are there.
-    inputs = 0 < args.w_ih.size < LARGE
+    none, every = (0,), lead[1]
+    stored, before = Kept(*(jnp.zeros(none, np.float32) for _ in Kept._fields)), args
+    again = [none] * 3
+    if isinstance(kept, Kept):
+        stored = kept
+        # Of larger weights XLA computes the product, once all cotangents are there.
+        inputs = 0 < args.w_ih.size < LARGE
+    else:
+        every = min(every, _size(static))
+        before = args._replace(h=kept.h, c=kept.c)
+        each = (lead[0], every, size)
+        again = [each, (*each[:2], 4 * size), none if static.gru else each]
+        inputs = args.w_ih.size > 0
     # What a step has read can give its place to what is written later: the cotangents
     # of outputs to those of inputs, and the gates of an LSTM to theirs.
     aliases = {}
     if inputs and args.xs.shape == cotangents.ys.shape:
-        aliases = {8: 0}
-    elif not inputs and not static.gru:
-        aliases = {6: 0}
-    dxs, dw_ih, dw_hh, dbias, dh, dc, dfresh_h, dfresh_c = _call(
+        aliases = {12: 0}
+    elif not inputs and isinstance(kept, Kept) and not static.gru:
+        aliases = {10: 0}
+    carry = (args.h.shape, args.c.shape)
+    dxs, dw_ih, dw_hh, dbias, dh, dc, dfresh_h, dfresh_c, *_ = _call(
         "jlstm_backward",
         (
-            args.xs.shape if inputs else (*args.xs.shape[:2], columns),
+            (*lead, features if inputs else columns),
             args.w_ih.shape,
             args.w_hh.shape,
             (4 * size,),
             *carry,
-            *fresh,
+            *(carry if flags.resets.size else (none, none)),
+            *again,
         ),
         static,
-        args.w_ih,
-        args.w_hh,
-        args.xs,
-        kept.ys,
-        args.h,
-        args.fresh_h,
-        kept.gates,
-        kept.before_c,
+        *before,
+        *stored,
         *cotangents,
         *flags,
         aliases=aliases,
+        every=np.int64(every),
         inputs=inputs,
     )
     if args.w_ih.size and not inputs:
@@ -411,7 +379,7 @@ def _call(
     static: Static,
     *args: Array,
     aliases: Any = None,
-    **options: bool,
+    **options: Any,
 ) -> list[Array]:
     results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     options = {"gru": static.gru, "reverse": static.reverse, **options}

@@ -331,7 +331,7 @@ ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
                    bool reverse, int64_t devices) {
   const Threads threads(pool, devices);
   const auto x = xs.dimensions();
-  const Shape s{x[0], x[1], x[2], w_hh.dimensions()[0]};
+  const Shape s{x[0], x[1], x[2], w_hh.dimensions()[0], x[1]};
   const Cell cell = gru ? Cell::kGru : Cell::kLstm;
   const bool projected = w_ih.element_count() == 0;
   const Forward io{data(xs),  projected,      data(bias),      data(bias_n),
@@ -357,37 +357,31 @@ ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
   return ffi::Error::Success();
 }
 
-ffi::Error backward(ffi::ThreadPool pool, Buffer w_ih, Buffer w_hh, Buffer xs,
-                    Buffer ys, Buffer h0, Buffer fresh_h, Buffer gates, Buffer before_c,
+// Takes the gates and carries that the forward loop stored, or computes them again,
+// `every` steps at a time, where there are none.
+ffi::Error backward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
+                    Buffer bias, Buffer bias_n, Buffer hs, Buffer cs, Buffer fresh_h,
+                    Buffer fresh_c, Buffer ys, Buffer gates, Buffer before_c,
                     Buffer dys, Buffer dh, Buffer dc, Booleans mask, Booleans resets,
                     Result dxs, Result dw_ih, Result dw_hh, Result dbias, Result dh0,
-                    Result dc0, Result dfresh_h, Result dfresh_c, bool gru,
-                    bool reverse, int64_t devices, bool inputs) {
+                    Result dc0, Result dfresh_h, Result dfresh_c, Result again_ys,
+                    Result again_gates, Result again_c, bool gru, bool reverse,
+                    int64_t devices, int64_t every, bool inputs) {
   const Threads threads(pool, devices);
   const auto x = xs.dimensions();
-  const bool projected = w_ih.element_count() == 0;
-  const Shape s{x[0], x[1], projected ? 0 : x[2], w_hh.dimensions()[0]};
+  const bool projected = w_ih.element_count() == 0, again = ys.element_count() == 0;
+  const int64_t B = x[0], T = x[1], H = w_hh.dimensions()[0], G = gru ? 3 : 4;
+  const Shape s{B, T, projected ? 0 : x[2], H, T};
   const Cell cell = gru ? Cell::kGru : Cell::kLstm;
-  const Backward io{data(xs),
-                    data(ys),
-                    data(h0),
-                    data(fresh_h),
-                    data(gates),
-                    data(before_c),
-                    data(dys),
-                    data(dh),
-                    data(dc),
-                    inputs ? data(*dxs) : nullptr,
-                    inputs ? nullptr : data(*dxs),
-                    data(*dh0),
-                    data(*dc0),
-                    data(*dfresh_h),
-                    data(*dfresh_c)};
   const Flags flags = flags_of(mask, resets, reverse);
-  const Floats packed(loops().packed_size(cell, s, true, !inputs));
   const auto dealt = deal(s, flags.mask, threads.count);
-  pack(threads, dealt.size(), cell, s, true, inputs ? data(w_ih) : nullptr, data(w_hh),
-       packed);
+  const int64_t hands = dealt.size();
+  const float* const weights = projected ? nullptr : data(w_ih);
+  const Floats packed(loops().packed_size(cell, s, true, !inputs));
+  pack(threads, hands, cell, s, true, inputs ? weights : nullptr, data(w_hh), packed);
+  const Floats ahead(again ? loops().packed_size(cell, s, false, projected) : 0);
+  if (again) pack(threads, hands, cell, s, false, weights, data(w_hh), ahead);
+  const Floats ends(again ? 2 * B * H : 0);  // of the carries of blocks
 
   // The first thread writes to the results, the others to sums of their own, which are
   // added in their order, so that a number of threads has one result.
@@ -395,7 +389,7 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer w_ih, Buffer w_hh, Buffer xs,
                            static_cast<int64_t>(dw_hh->element_count()),
                            static_cast<int64_t>(dbias->element_count())};
   float* const results[] = {data(*dw_ih), data(*dw_hh), data(*dbias)};
-  const int64_t others = dealt.size() - 1;
+  const int64_t others = hands - 1;
   const Floats own[] = {Floats(others * sizes[0]), Floats(others * sizes[1]),
                         Floats(others * sizes[2])};
   const auto sum = [&](int64_t thread, int i) {
@@ -407,20 +401,55 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer w_ih, Buffer w_hh, Buffer xs,
     share(*static_cast<const Threads*>(on), kAll, count,
           [&](int64_t i) { work(self, i); });
   };
-  const bool few = static_cast<int64_t>(dealt.size()) < threads.count;
-  const Each each{&threads, few ? +run : nullptr};
+  const Each each{&threads, hands < threads.count ? +run : nullptr};
   const auto work = [&](int64_t i) {
-    const Sums to{sum(i, 0), sum(i, 1), sum(i, 2)};
-    loops().backward(cell, s, flags, io, to, each, packed.data(), dealt[i].data(),
-                     dealt[i].size());
+    const int64_t* const rows = dealt[i].data();
+    const int64_t count = dealt[i].size(), blocks = (T + every - 1) / every;
+    const int64_t width = projected ? G * H : x[2];
+    for (int64_t nth = 0; nth < blocks; ++nth) {
+      const int64_t k = reverse ? nth : blocks - 1 - nth, start = k * every;
+      const Shape block{B, std::min(every, T - start), s.D, H, T};
+      const auto from = [&](auto* all, int64_t step) {
+        return all == nullptr ? nullptr : all + step;
+      };
+      const Flags now{from(flags.mask, start), from(flags.resets, start), reverse};
+      const float* const h = from(data(hs), k * B * H);
+      const float* const c = from(data(cs), k * B * H);
+      const float* const x_now = from(data(xs), start * width);
+      if (again) {
+        const Forward io{x_now,          projected,          data(bias),
+                         data(bias_n),   h,                  c,
+                         data(fresh_h),  data(fresh_c),      data(*again_ys),
+                         ends.data(),    ends.data() + B * H, data(*again_gates),
+                         data(*again_c)};
+        loops().forward(cell, block, now, io, ahead.data(), rows, count);
+      }
+      const Backward io{x_now,
+                        again ? data(*again_ys) : data(ys),
+                        h,
+                        data(fresh_h),
+                        again ? data(*again_gates) : data(gates),
+                        again ? data(*again_c) : data(before_c),
+                        from(data(dys), start * H),
+                        nth ? data(*dh0) : data(dh),
+                        nth ? data(*dc0) : data(dc),
+                        inputs ? from(data(*dxs), start * x[2]) : nullptr,
+                        inputs ? nullptr : from(data(*dxs), start * G * H),
+                        data(*dh0),
+                        data(*dc0),
+                        data(*dfresh_h),
+                        data(*dfresh_c)};
+      const Sums to{sum(i, 0), sum(i, 1), sum(i, 2), nth > 0};
+      loops().backward(cell, block, now, io, to, each, packed.data(), rows, count);
+    }
   };
-  share(threads, dealt.size(), dealt.size(), work, others > 0);
+  share(threads, hands, hands, work, others > 0);
   if (others == 0) return ffi::Error::Success();
   constexpr int64_t kStretch = 1 << 16;
   int64_t stretches[] = {0, 0, 0};
   for (int i = 0; i < 3; ++i) stretches[i] = (sizes[i] + kStretch - 1) / kStretch;
   const int64_t all = stretches[0] + stretches[1] + stretches[2];
-  share(threads, dealt.size(), all, [&](int64_t stretch) {
+  share(threads, hands, all, [&](int64_t stretch) {
     int i = 0;
     for (; stretch >= stretches[i]; ++i) stretch -= stretches[i];
     const int64_t begin = stretch * kStretch;
@@ -682,12 +711,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_forward, jlstm::forward,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_backward, jlstm::backward,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jlstm::Buffer>()  // xs
                                   .Arg<jlstm::Buffer>()  // w_ih
                                   .Arg<jlstm::Buffer>()  // w_hh
-                                  .Arg<jlstm::Buffer>()  // xs
-                                  .Arg<jlstm::Buffer>()  // ys
-                                  .Arg<jlstm::Buffer>()  // h0
+                                  .Arg<jlstm::Buffer>()  // bias
+                                  .Arg<jlstm::Buffer>()  // bias_n
+                                  .Arg<jlstm::Buffer>()  // hs, before each block
+                                  .Arg<jlstm::Buffer>()  // cs
                                   .Arg<jlstm::Buffer>()  // fresh_h
+                                  .Arg<jlstm::Buffer>()  // fresh_c
+                                  .Arg<jlstm::Buffer>()  // ys
                                   .Arg<jlstm::Buffer>()  // gates
                                   .Arg<jlstm::Buffer>()  // before_c
                                   .Arg<jlstm::Buffer>()  // dys
@@ -703,7 +736,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jlstm_backward, jlstm::backward,
                                   .Ret<jlstm::Buffer>()  // dc0
                                   .Ret<jlstm::Buffer>()  // dfresh_h
                                   .Ret<jlstm::Buffer>()  // dfresh_c
+                                  .Ret<jlstm::Buffer>()  // ys of a block
+                                  .Ret<jlstm::Buffer>()  // gates of a block
+                                  .Ret<jlstm::Buffer>()  // before_c of a block
                                   .Attr<bool>("gru")
                                   .Attr<bool>("reverse")
                                   .Attr<int64_t>("devices")
+                                  .Attr<int64_t>("every")
                                   .Attr<bool>("inputs"));

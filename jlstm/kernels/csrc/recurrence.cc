@@ -17,11 +17,11 @@ struct Active {
   int64_t count = 0;
 
   template <typename F>
-  void find(const Flags& flags, const int64_t* rows, int64_t all, int64_t T, int64_t t,
-            const F& masked) {
+  void find(const Flags& flags, const int64_t* rows, int64_t all, int64_t stride,
+            int64_t t, const F& masked) {
     count = 0;
     for (int64_t i = 0; i < all; ++i) {
-      if (flags.mask == nullptr || flags.mask[rows[i] * T + t]) {
+      if (flags.mask == nullptr || flags.mask[rows[i] * stride + t]) {
         places[count++] = i;
       } else {
         masked(i);
@@ -103,7 +103,7 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
     int64_t found = 0;
     for (int64_t k = 0; k < ahead && first + k < s.T; ++k) {
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = rows[i] * s.T + time(first + k);
+        const int64_t at = rows[i] * s.stride + time(first + k);
         if (flags.mask != nullptr && !flags.mask[at]) continue;
         found_x[found] = io.xs + at * s.D;
         found_z[found++] = zs.at((k * count + i) * G * W);
@@ -139,10 +139,10 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
     if (ahead && block == 0) project(step);
     if (flags.resets != nullptr) {
       for (int64_t i = 0; i < count; ++i) {
-        if (flags.resets[rows[i] * s.T + t]) set(i, io.fresh_h, io.fresh_c);
+        if (flags.resets[rows[i] * s.stride + t]) set(i, io.fresh_h, io.fresh_c);
       }
     }
-    active.find(flags, rows, count, s.T, t, [&](int64_t i) {
+    active.find(flags, rows, count, s.stride, t, [&](int64_t i) {
       clear(io.ys + (rows[i] * s.T + t) * H, H);
     });
     for (int64_t p = 0; p < P; ++p) {
@@ -158,7 +158,7 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           at[r] = rows[places[r]] * s.T + t;
-          x[r] = io.xs + at[r] * x_size;
+          x[r] = io.xs + (rows[places[r]] * s.stride + t) * x_size;
           h[r] = h_at(places[r], 0);
           if (!kLstm) acc[r][3] = load(io.bias_n + u, n);
         }
@@ -373,8 +373,8 @@ class Backwards {
     start();
     for (int64_t step = s.T - 1; step >= 0; --step) {
       const int64_t t = time(step);
-      active.find(flags, rows, count, s.T, t, [&](int64_t i) {
-        const int64_t at = rows[i] * s.T + t;
+      active.find(flags, rows, count, s.stride, t, [&](int64_t i) {
+        const int64_t at = rows[i] * s.stride + t;
         if (io.dz != nullptr) {
           clear(io.dz + at * G * H, G * H);
         } else {
@@ -395,7 +395,8 @@ class Backwards {
     }
     for (int64_t g = 0; g < 4; ++g) {
       const float* sum = sums.at((kLstm || g < 2 ? g : 5 - g) * padded);
-      copy(sum, H, to.dbias + g * H);
+      float* into = to.dbias + g * H;
+      for (int64_t u = 0; u < H; ++u) into[u] = sum[u] + (to.add ? into[u] : 0.0f);
     }
   }
 
@@ -411,13 +412,13 @@ class Backwards {
     for (int64_t i = 0; i < count; ++i) {
       copy(io.dh + rows[i] * H, H, dhs.at(i * padded));
       if (kLstm) copy(io.dc + rows[i] * H, H, dcs.at(i * padded));
-      if (flags.resets != nullptr) {
+      if (flags.resets != nullptr && !to.add) {
         clear(io.dfresh_h + rows[i] * H, H);
         if (kLstm) clear(io.dfresh_c + rows[i] * H, H);
       }
       int64_t from = kInitial;
       for (int64_t step = 0; step < s.T; ++step) {
-        const int64_t t = time(step), at = rows[i] * s.T + t;
+        const int64_t t = time(step), at = rows[i] * s.stride + t;
         if (flags.resets != nullptr && flags.resets[at]) from = kFresh;
         source[i * s.T + t] = from;
         if (flags.mask == nullptr || flags.mask[at]) from = t;
@@ -435,7 +436,7 @@ class Backwards {
   // Computes the cotangents of the gates of a step, and of the carry but for W_hh.
   void gates(int64_t t) {
     for (int64_t a = 0; a < active.count; ++a) {
-      const int64_t i = active.places[a], at = rows[i] * s.T + t;
+      const int64_t i = active.places[a], at = rows[i] * s.stride + t;
       xs[filled + a] = io.xs + at * s.D;
       hs[filled + a] = before_h(i, t);
     }
@@ -449,7 +450,8 @@ class Backwards {
         const float* gates = io.gates + at * 4 * H + u;
         float* dz = dzs.at((p * size + filled + a) * 4 * W);
         float* dh_at = dhs.at(i * padded + u);
-        const Vec dh = load(dh_at) + load(io.dys + at * H + u, n);
+        const int64_t whole = rows[i] * s.stride + t;
+        const Vec dh = load(dh_at) + load(io.dys + whole * H + u, n);
         Vec d[4];
         if (kLstm) {
           const Vec i_ = load(gates, n), f = load(gates + H, n);
@@ -479,7 +481,7 @@ class Backwards {
           sum[g] += d[g];
         }
         if (io.dz != nullptr) {
-          float* dzx = io.dz + at * G * H + u;
+          float* dzx = io.dz + whole * G * H + u;
 #pragma GCC unroll 4
           for (int g = 0; g < G; ++g) store(dzx + g * H, d[g < G - 1 ? g : 3], n);
         }
@@ -500,7 +502,7 @@ class Backwards {
     const int64_t at = rows[i] * s.T + t;
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) __builtin_prefetch(io.gates + (at * 4 + g) * H + u);
-    __builtin_prefetch(io.dys + at * H + u);
+    __builtin_prefetch(io.dys + (rows[i] * s.stride + t) * H + u);
     if (kLstm) __builtin_prefetch(io.before_c + at * H + u);
   }
 
@@ -599,7 +601,7 @@ class Backwards {
   // Hands the cotangent of a carry that was reset to the fresh one.
   void reset(int64_t t) {
     for (int64_t i = 0; i < count; ++i) {
-      if (!flags.resets[rows[i] * s.T + t]) continue;
+      if (!flags.resets[rows[i] * s.stride + t]) continue;
       const auto move = [&](float* from, float* into) {
         for (int64_t u = 0; u < H; ++u) into[rows[i] * H + u] += from[u];
         clear(from, H);
@@ -624,7 +626,7 @@ class Backwards {
   const Scratch<float> dzs, sums;  // [P, size, 4, W], [4, padded]
   const Scratch<const float*> xs, hs;
   int64_t filled = 0;  // of the block
-  bool first = true;
+  bool first = !to.add;
   Active active;
 };
 

@@ -19,6 +19,9 @@ enum class Cell : int32_t { kLstm = 0, kGru = 1 };
 
 struct Shape {
   int64_t B, T, D, H;
+  // How many steps a row of xs, dys, dxs, dz, mask and resets has, which may be more
+  // than the T that are taken.
+  int64_t stride;
 };
 
 // What is true of steps; null where there is none.
@@ -57,6 +60,7 @@ struct Backward {
 struct Sums {
   float *dw_ih, *dw_hh;  // [D, G H], [H, G H]
   float* dbias;          // [4 H]; of a GRU the last H are those of bias_n
+  bool add;              // to what is there, as to dfresh_h and dfresh_c
 };
 
 // Weights of a product of their own.
