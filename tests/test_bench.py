@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -89,6 +90,27 @@ def test_table_divides_by_torch_and_by_the_best_of_each_size():
         "| 100,32,128,129 | 8 | 3 nnx | 1 | 8.00 | 3.00 |",
         "| geometric mean |  |  |  | 2.00 | 2.12 |",
     ]
+
+
+def test_summary_has_means_over_all_sizes(tmp_path, capsys):
+    first = {"torch": rounds(8.0), "scan": rounds(4.0), "one": rounds(2.0)}
+    second = {"torch": rounds(2.0), "one": rounds(1.0), "native": rounds(1.0)}
+    results = report.merge({"suites": {}}, "lstm-train", entry(first, second))
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(results))
+    main(["bench", "--summary", "--out", str(tmp_path)])
+    about = SUITES["lstm-train"].about
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert row == f"| {about}, against PyTorch |  |  | 2.83 |  |  |"
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--summary"])
+    assert "--summary: needs --out with results" in capsys.readouterr().err
+
+
+def test_readme_shows_what_was_measured():
+    folder = Path(__file__).parent.parent
+    results = report.read(folder / "experiments/results/bench.json")
+    assert report.summary(results) in (folder / "README.md").read_text()
 
 
 def test_plot_draws_suites_that_have_torch(tmp_path):

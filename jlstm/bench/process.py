@@ -54,6 +54,8 @@ class Config:
     """Of glibc, for all libraries alike; big keeps large blocks that were freed."""
     out: Path | None = None
     """Folder for bench.json and bench.png; suites already there are kept."""
+    summary: bool = False
+    """Prints the ratios of the results in --out, and times nothing."""
 
 
 @dataclasses.dataclass(frozen=True)

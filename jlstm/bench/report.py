@@ -118,6 +118,50 @@ def table(name: str, entry: Mapping[str, Any]) -> str:
     return "\n".join([f"**{name}**: {suite.about}", "", text, *_notes(suite, cases)])
 
 
+TITLES = {
+    "scan": "plain scan",
+    "xla": "fused by XLA alone",
+    "one": "fused",
+    "two": "fused, two virtual devices",
+    "native": "native",
+}
+REFERENCES = {
+    "torch": "PyTorch",
+    "jax": "the fastest of Flax, Haiku, Equinox and Keras on JAX",
+    "scan": "its own plain scan",
+}
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """Writes how many times faster each loop is, a row a suite and what it is held to.
+
+    Ratios are geometric means over the sizes of a suite.
+    """
+    lines = [["", *TITLES.values()], ["---", *["---:"] * len(TITLES)]]
+    suites = {name: SUITES[name] for name in SUITES if name in results["suites"]}
+    for name, suite in suites.items():
+        if suite.compile_only or suite.shows_memory:
+            continue
+        found = [case["workers"] for case in results["suites"][name]["cases"]]
+        for reference in suite.references:
+            ratios = {
+                variant: [versus(workers, variant, reference) for workers in found]
+                for variant in TITLES
+            }
+            cells = [_mean(ratios[variant]) for variant in TITLES]
+            if any(cells):
+                lines.append(
+                    [f"{suite.about}, against {REFERENCES[reference]}", *cells]
+                )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _mean(ratios: Sequence[float | None]) -> str:
+    found = [ratio for ratio in ratios if ratio is not None]
+    # A mean over some of the sizes is not to be compared with one over all.
+    return f"{geometric_mean(found):.2f}" if len(found) == len(ratios) else ""
+
+
 def _title(reference: str) -> str:
     return "best JAX" if reference == "jax" else reference
 

@@ -95,6 +95,11 @@ def run(config: Config) -> dict[str, Any]:
     plan = make_plan(config)
     file = None if config.out is None else config.out / "bench.json"
     results: dict[str, Any] = report.read(file) if file else {"suites": {}}
+    if config.summary:
+        if not results["suites"]:
+            raise ValueError(f"--summary: needs --out with results, got {config.out}")
+        print(report.summary(results))
+        return results
     if plan.absent:
         print(f"not installed: {', '.join(plan.absent)}", flush=True)
     load = environment()["load"]
