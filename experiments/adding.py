@@ -42,7 +42,9 @@ class Config(train.Options):
     num_steps: int = 2_500
     """Updates of each net."""
     learning_rate: float = 4e-3
-    """At its highest; it rises over the first twentieth, then falls as a cosine."""
+    """At its highest."""
+    schedule: train.Schedule = train.Cosine(warmup=0.05)
+    """How the learning rate rises and falls."""
     test_size: int = 2_000
     """Sequences scored at the end."""
 
@@ -96,8 +98,7 @@ def fit_one(
     tx = train.adamw(
         config.learning_rate,
         num_steps=config.num_steps,
-        schedule="cosine",
-        warmup_steps=config.num_steps // 20,
+        schedule=config.schedule,
         weight_decay=0.0,
     )
     batches = stream(config.seed + length, config.batch_size, length)
@@ -105,24 +106,17 @@ def fit_one(
     print(f"{name}, T = {length}, {cell!r}")
     report = train.fit(
         train.create_state(params, tx),
-        train.make_train_step(shared, tx),
+        train.make_train_step(shared, tx, debug_nans=config.debug_nans),
         batches,
         num_steps=config.num_steps,
-        hooks=[
-            train.write_jsonl(curve(workdir, name, length)),
-            train.show_progress(unit="sequences"),
-        ],
+        hooks=workdir.watchers(f"{name.lower()}_{length}", unit="sequences"),
         log_every=max(config.num_steps // 100, 1),
+        checkpoints=workdir.checkpoints(f"{name.lower()}_{length}"),
     )
     test = stream(config.seed + 1_000_000 + length, config.test_size, length)
     eval_step = train.make_eval_step(shared)
     score = train.evaluate(eval_step, report.state.params, [next(test)])
     return score["loss"]
-
-
-def curve(workdir: train.Workdir, name: str, length: int):
-    """The file of a net's learning curve."""
-    return workdir.path / f"metrics_{name.lower()}_{length}.jsonl"
 
 
 def plot(config: Config, workdir: train.Workdir, floor: float) -> None:
@@ -142,7 +136,7 @@ def plot(config: Config, workdir: train.Workdir, floor: float) -> None:
     )
     for panel, length in zip(panels[0], config.lengths, strict=True):
         for name in cells(config, length):
-            records = train.read_jsonl(curve(workdir, name, length))
+            records = train.read_jsonl(workdir.metrics_of(f"{name.lower()}_{length}"))
             steps = [record["step"] for record in records]
             panel.plot(steps, [record["loss"] for record in records], label=name)
         panel.axhline(floor, color="grey", linestyle="--", label="answering 1")
@@ -161,6 +155,8 @@ def main(config: Config) -> dict:
     if not config.lengths or min(config.lengths) < 3:
         raise ValueError(f"adding: lengths must be at least 3, got {config.lengths}")
     workdir = train.Workdir(config, experiment="adding")
+    if workdir.result is not None:
+        return workdir.result
     print(train.describe(config))
     errors = {
         f"{name}_{length}": fit_one(config, workdir, name, cell, length)

@@ -50,7 +50,9 @@ class Config(train.Options):
     num_steps: int = 1_600
     """Updates."""
     learning_rate: float = 6e-3
-    """At its highest; it rises over the first twentieth, then falls as a cosine."""
+    """At its highest."""
+    schedule: train.Schedule = train.Cosine(warmup=0.05, final_fraction=0.01)
+    """How the learning rate rises and falls."""
     weight_decay: float = 0.01
     """Of matrices."""
     implementation: str | None = None
@@ -108,6 +110,8 @@ def main(config: Config) -> dict:
     if config.generate is not None:
         return continue_text(config)
     workdir = train.Workdir(config, experiment="char_lm")
+    if workdir.result is not None:
+        return workdir.result
     training, validation = read_corpus(config)
     vocabulary = data.Vocabulary.from_text(training + validation)
     (workdir.path / "vocabulary.json").write_text(vocabulary.to_json())
@@ -139,9 +143,7 @@ def main(config: Config) -> dict:
     tx = train.adamw(
         config.learning_rate,
         num_steps=config.num_steps,
-        schedule="cosine",
-        warmup_steps=config.num_steps // 20,
-        final_fraction=0.01,
+        schedule=config.schedule,
         weight_decay=config.weight_decay,
         b2=0.99,
     )
@@ -155,15 +157,15 @@ def main(config: Config) -> dict:
     eval_step = train.make_eval_step(shared)
     report = train.fit(
         state,
-        train.make_train_step(shared, tx),
+        train.make_train_step(shared, tx, debug_nans=config.debug_nans),
         lanes.repeat(),
         num_steps=config.num_steps,
         hooks=[
             train.evaluate_every(every, eval_step, lambda: scoring),
-            train.write_jsonl(workdir.metrics),
-            train.show_progress(unit="characters"),
+            *workdir.watchers(unit="characters"),
         ],
         log_every=max(config.num_steps // 80, 1),
+        checkpoints=workdir.checkpoints(),
     )
     params = report.state.params
     train.save(workdir.path / "params", params, overwrite=True)

@@ -43,7 +43,9 @@ class Config(train.Options):
     num_steps: int = 1_500
     """Updates of each net."""
     learning_rate: float = 6e-3
-    """At its highest; it rises over the first twentieth, then falls as a cosine."""
+    """At its highest."""
+    schedule: train.Schedule = train.Cosine(warmup=0.05)
+    """How the learning rate rises and falls."""
 
 
 PRESETS = {
@@ -126,8 +128,7 @@ def fit_one(
     tx = train.adamw(
         config.learning_rate,
         num_steps=config.num_steps,
-        schedule="cosine",
-        warmup_steps=config.num_steps // 20,
+        schedule=config.schedule,
         b2=0.99,
     )
     params = model.init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))
@@ -137,10 +138,9 @@ def fit_one(
     )
     eval_step = train.make_eval_step(shared)
     print(f"{name}, {count(model):,} parameters: {model!r}")
-    metrics = workdir.path / f"metrics_{name.lower()}.jsonl"
     report = train.fit(
         train.create_state(params, tx),
-        train.make_train_step(shared, tx),
+        train.make_train_step(shared, tx, debug_nans=config.debug_nans),
         batches.repeat(),
         num_steps=config.num_steps,
         hooks=[
@@ -149,13 +149,14 @@ def fit_one(
                 eval_step,
                 lambda: data.batches(validation, batch_size=size),
             ),
-            train.write_jsonl(metrics),
-            train.show_progress(unit="characters"),
+            *workdir.watchers(name.lower(), unit="characters"),
         ],
         log_every=max(config.num_steps // 60, 1),
+        checkpoints=workdir.checkpoints(name.lower()),
     )
     params = report.state.params
     train.save(workdir.path / f"params_{name.lower()}", params, overwrite=True)
+    metrics = workdir.metrics_of(name.lower())
     train.plot_metrics(metrics, workdir.plots / f"{name.lower()}.png", "accuracy")
     score = train.evaluate(eval_step, params, data.batches(test, batch_size=size))
     return params, score["accuracy"]
@@ -234,6 +235,8 @@ def main(config: Config) -> dict:
             "highlight: takes no --data; its labels come from the standard library"
         )
     workdir = train.Workdir(config, experiment="highlight")
+    if workdir.result is not None:
+        return workdir.result
     print(train.describe(config))
     files = data.python_sources(limit=config.corpus)
     split = data.split_files(files, (0.8, 0.1, 0.1))

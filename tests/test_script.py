@@ -196,20 +196,40 @@ def test_workdir_without_path_goes_away():
     assert not path.exists()
 
 
-def test_workdir_belongs_to_one_config(tmp_path):
+def test_workdir_belongs_to_one_config(tmp_path, capsys):
     config = Config(workdir=tmp_path / "run")
     first = train.Workdir(config, "add")
-    first.write_result(
+    assert first.result is None
+    again = train.Workdir(dataclasses.replace(config), "add")
+    assert again.result is None
+    written = again.write_result(
         metric="loss", value=1, floor=2, floor_name="mean", lower_is_better=True
     )
     other = dataclasses.replace(config, hidden_size=65)
-    with pytest.raises(ValueError, match=r"hidden_size=64, .* 65; choose another"):
+    with pytest.raises(ValueError, match=r"hidden_size: was 64, is 65; choose another"):
         train.Workdir(other, "add")
-    with pytest.raises(ValueError, match=r"experiment='add', .* 'sub'"):
+    with pytest.raises(ValueError, match=r"experiment: was 'add', is 'sub'"):
         train.Workdir(config, "sub")
-    assert (first.path / "result.json").exists()
-    again = train.Workdir(dataclasses.replace(config), "add")
-    assert not (again.path / "result.json").exists()
+    # What does not change the result may differ.
+    again = train.Workdir(dataclasses.replace(config, mesh="data=2"), "add")
+    assert again.result == written
+    assert "nothing is left to do" in capsys.readouterr().out
+    never = dataclasses.replace(config, resume="never")
+    with pytest.raises(ValueError, match="holds a finished run"):
+        train.Workdir(never, "add")
+    must = Config(workdir=tmp_path / "new", resume="must")
+    with pytest.raises(ValueError, match=r"--resume must, but .* holds no run"):
+        train.Workdir(must, "add")
+
+
+def test_workdir_notes_another_environment(tmp_path, capsys):
+    config = Config(workdir=tmp_path / "run")
+    path = train.Workdir(config, "add").path
+    environment = json.loads((path / "env.json").read_text())
+    environment["versions"]["jax"] = "0.0.1"
+    (path / "env.json").write_text(json.dumps(environment))
+    train.Workdir(config, "add")
+    assert "versions.jax: was '0.0.1', is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["not json", "[]"])

@@ -890,26 +890,47 @@ def test_sgd_clips_the_global_norm_and_adds_momentum():
 
 
 def test_make_schedule_warms_up_and_ends_where_it_says():
-    options = {"num_steps": 14, "warmup_steps": 4, "final_fraction": 0.1}
-    cosine: Any = train.make_schedule(2.0, schedule="cosine", **options)
+    options = {"warmup": 4 / 14, "final_fraction": 0.1}
+    cosine: Any = train.make_schedule(
+        2.0, schedule=train.Cosine(**options), num_steps=14
+    )
     rates = [float(cosine(n)) for n in range(16)]
     np.testing.assert_allclose(rates[:5], [0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)
     np.testing.assert_allclose(rates[9], 1.1, rtol=1e-6)
     np.testing.assert_allclose(rates[14:], 0.2, rtol=1e-6)
-    linear: Any = train.make_schedule(2.0, schedule="linear", **options)
-    np.testing.assert_allclose(float(linear(9)), 1.1, rtol=1e-6)
-    constant: Any = train.make_schedule(2.0, warmup_steps=4)
-    np.testing.assert_allclose([float(constant(n)) for n in (0, 9)], [0.4, 2.0])
+    others = {
+        train.Linear(**options): {9: 1.1, 14: 0.2},
+        train.Exponential(**options): {9: 2 * 0.1**0.5, 14: 0.2},
+        train.Constant(4 / 14): {0: 0.4, 4: 2.0, 14: 2.0},
+        train.InverseSqrt(4 / 14): {0: 0.4, 4: 2.0, 8: 2.0 * 0.5**0.5, 16: 1.0},
+        train.Steps(4 / 14, at=(0.5, 6 / 7), factor=0.1): {
+            3: 1.6, 6: 2.0, 7: 0.2, 11: 0.2, 12: 0.02
+        },
+    }  # fmt: skip
+    for schedule, rates in others.items():
+        rate: Any = train.make_schedule(2.0, schedule=schedule, num_steps=14)
+        got = [float(rate(step)) for step in rates]
+        np.testing.assert_allclose(got, list(rates.values()), rtol=1e-6)
+    flat: Any = train.make_schedule(2.0)
+    assert float(flat(7)) == 2.0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "cosine"}, "num_steps: .* must know where it ends"),
-        ({"schedule": "step"}, "schedule: must be one of"),
-        ({"num_steps": 5, "warmup_steps": 5}, "num_steps: must be more than"),
+        ({"schedule": train.Cosine()}, "num_steps: Cosine.* must know the length"),
+        ({"schedule": "cosine"}, r"schedule: must be one of Constant\(\), .*'cosine'"),
+        ({"num_steps": 0}, "num_steps: must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate: must be positive"),
-        ({"final_fraction": 2}, "final_fraction: must be in"),
+        (
+            {"schedule": train.Linear(warmup=1.0)},
+            r"schedule.warmup: must lie in \[0, 1",
+        ),
+        ({"schedule": train.Linear(0.1, 2.0)}, "schedule.final_fraction: must lie in"),
+        (
+            {"schedule": train.Steps(at=(0.5, 0.5)), "num_steps": 9},
+            "schedule.at: must rise, from after",
+        ),
         ({"clip_norm": 0.0}, "clip_norm: must be positive"),
     ],
 )
@@ -962,7 +983,7 @@ def test_load_names_the_first_wrong_leaf(tmp_path, like, message):
 def test_load_says_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="load: there is no checkpoint at"):
         train.load(tmp_path / "missing", {"w": jnp.zeros(2)})
-    with pytest.raises(ValueError, match="is not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"whole checkpoint: manifest.json is missing"):
         train.load(tmp_path, {"w": jnp.zeros(2)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -128,7 +129,28 @@ def bucketed(
             f"{where}: {len(examples)} examples fill no batch of {max(rows)} rows; "
             "lower the batch, or leave out drop_remainder"
         )
-    return make_dataset(where, length, make)
+    return make_dataset(
+        where,
+        length,
+        make,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        num_buckets=num_buckets,
+        seed=seed,
+        drop_remainder=drop_remainder,
+        examples=len(examples),
+        source=_digest(examples),
+    )
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for i in range(len(examples)):
+        for name, value in examples[i].items():
+            array = np.asarray(value)
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(array.tobytes())
+    return f"sha256 {digest.hexdigest()}"
 
 
 def _field_kinds(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import numbers
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,12 +18,13 @@ Batch = dict[str, np.ndarray]
 
 
 def make_dataset(
-    where: str, length: int, make: Callable[[int, int], Batch]
+    where: str, length: int, make: Callable[[int, int], Batch], /, **about: Any
 ) -> grain.MapDataset[Batch]:
     """Makes a grain dataset of ``make(epoch, index)``, with ``index < length``.
 
     Grain hands over indices beyond the first epoch as they are, so that ``repeat``
-    gives each epoch an order of its own and random access stays exact.
+    gives each epoch an order of its own and random access stays exact. What it is made
+    from, ``about``, is an attribute of the function that it maps.
     """
     try:
         import grain
@@ -34,7 +36,28 @@ def make_dataset(
     def get(index: int, _: object) -> Batch:
         return make(max(index // length, 0), index % length)
 
+    get.about = {"kind": where, **about}  # type: ignore[attr-defined]
     return grain.MapDataset.range(length).map_with_index(get)
+
+
+# Arrays of more bytes are hashed in part: the whole of a memory map may not be at hand.
+_HASHED = 1 << 30
+
+
+def describe(array: np.ndarray) -> str:
+    """Names an array's dtype, shape and contents, by SHA-256."""
+    digest = hashlib.sha256()
+    rows = array.reshape(-1)
+    if array.dtype.hasobject:
+        digest.update(repr(array.tolist()).encode())
+    elif array.nbytes <= _HASHED:
+        digest.update(np.ascontiguousarray(rows).view(np.uint8).data)
+    else:
+        # The ends, and blocks at even distances between.
+        block = (1 << 20) // max(array.itemsize, 1)
+        for start in np.linspace(0, len(rows) - block, 1024).astype(int):
+            digest.update(np.ascontiguousarray(rows[start : start + block]).data)
+    return f"{array.dtype}{list(array.shape)} sha256 {digest.hexdigest()}"
 
 
 def make_rng(seed: int, epoch: int) -> np.random.Generator:
@@ -114,4 +137,12 @@ def batches(
         rows = order(epoch)[index * batch_size : (index + 1) * batch_size]
         return {name: column[rows] for name, column in columns.items()}
 
-    return make_dataset(where, length, make)
+    return make_dataset(
+        where,
+        length,
+        make,
+        batch_size=batch_size,
+        seed=seed,
+        drop_remainder=drop_remainder,
+        source={name: describe(column) for name, column in columns.items()},
+    )

@@ -11,6 +11,7 @@ from jlstm.data.pipeline import (
     Batch,
     check_positive,
     check_seed,
+    describe,
     make_dataset,
     make_rng,
 )
@@ -95,7 +96,16 @@ def lanes(
         resets[:, 0] = chunk == 0
         return {"inputs": window[:, :-1], "targets": window[:, 1:], "resets": resets}
 
-    return make_dataset(where, rounds * run, make)
+    return make_dataset(
+        where,
+        rounds * run,
+        make,
+        batch_size=batch_size,
+        length=length,
+        segment=segment,
+        seed=seed,
+        source=describe(stream),
+    )
 
 
 def scoring_lanes(
@@ -149,7 +159,14 @@ def scoring_lanes(
             "lengths": lengths,
         }
 
-    return make_dataset(where, -(-longest // length), make)
+    return make_dataset(
+        where,
+        -(-longest // length),
+        make,
+        batch_size=batch_size,
+        length=length,
+        source=describe(stream),
+    )
 
 
 def _check_stream(

@@ -4,7 +4,9 @@ A loss function ``loss_fn(params, batch, *, key, carry) -> (loss, Aux)`` becomes
 compiled step, :func:`fit` runs it, and hooks do everything else.
 """
 
-from jlstm.train.checkpoint import load, save
+from jlstm.train.checkpoint import Checkpoints, load, save
+from jlstm.train.files import Damaged, InUse
+from jlstm.train.fingerprint import fingerprint, hash_tree
 from jlstm.train.hooks import (
     Best,
     early_stopping,
@@ -13,6 +15,7 @@ from jlstm.train.hooks import (
     keep_best,
     show_progress,
     write_jsonl,
+    write_tensorboard,
 )
 from jlstm.train.loop import Hook, Report, fit
 from jlstm.train.losses import (
@@ -25,12 +28,31 @@ from jlstm.train.losses import (
     softmax_cross_entropy,
     squared_error,
 )
-from jlstm.train.optimizers import adamw, make_schedule, sgd
+from jlstm.train.optimizers import (
+    Constant,
+    Cosine,
+    Exponential,
+    InverseSqrt,
+    Linear,
+    Schedule,
+    Steps,
+    adamw,
+    make_schedule,
+    sgd,
+)
 from jlstm.train.parallel import data_parallel
 from jlstm.train.plots import plot_metrics, read_jsonl
 from jlstm.train.projected import projected_cross_entropy
-from jlstm.train.script import Options, Workdir, describe, environment, run
-from jlstm.train.state import TrainState, create_state
+from jlstm.train.script import (
+    Options,
+    Workdir,
+    describe,
+    environment,
+    indifferent,
+    run,
+)
+from jlstm.train.signals import Interrupted
+from jlstm.train.state import LossScale, NonFiniteError, TrainState, create_state
 from jlstm.train.step import (
     Aux,
     LossFn,
@@ -42,11 +64,24 @@ from jlstm.train.step import (
 __all__ = [
     "Aux",
     "Best",
+    "Checkpoints",
+    "Constant",
+    "Cosine",
+    "Damaged",
+    "Exponential",
     "Hook",
+    "InUse",
+    "Interrupted",
+    "InverseSqrt",
+    "Linear",
     "LossFn",
+    "LossScale",
     "Mean",
+    "NonFiniteError",
     "Options",
     "Report",
+    "Schedule",
+    "Steps",
     "TrainState",
     "Workdir",
     "absolute_error",
@@ -62,7 +97,10 @@ __all__ = [
     "evaluate",
     "evaluate_every",
     "every",
+    "fingerprint",
     "fit",
+    "hash_tree",
+    "indifferent",
     "keep_best",
     "load",
     "make_eval_step",
@@ -79,4 +117,5 @@ __all__ = [
     "softmax_cross_entropy",
     "squared_error",
     "write_jsonl",
+    "write_tensorboard",
 ]

@@ -48,31 +48,39 @@ def every(n: int, hook: Hook) -> Hook:
     """
     if n < 1:
         raise ValueError(f"every: n must be at least 1, got {n}")
-    done = None
-
-    def run_every(report: Report) -> None:
-        nonlocal done
-        before = report.step - report.window_steps
-        due = report.step // n > before // n or report.last
-        if due and done != report.step:
-            hook(report)
-            done = report.step
-
-    return _Wrapped(run_every, hook)
+    return _Every(n, hook)
 
 
-class _Wrapped:
-    """A hook around another, which it closes."""
+class _Every:
+    """A hook around another, which it now and then runs, saves and closes."""
 
-    def __init__(self, run: Hook, inner: Hook) -> None:
-        self._run = run
-        self._inner = inner
+    def __init__(self, n: int, hook: Hook) -> None:
+        self._n, self._hook = n, hook
+        self._done: int | None = None
 
     def __call__(self, report: Report) -> None:
-        self._run(report)
+        before = report.step - report.window_steps
+        due = report.step // self._n > before // self._n or report.last
+        if due and self._done != report.step:
+            self._hook(report)
+            self._done = report.step
+
+    def begin(self) -> None:
+        begin = getattr(self._hook, "begin", None)
+        if begin is not None:
+            begin()
+
+    def get_state(self) -> dict[str, Any]:
+        inner = getattr(self._hook, "get_state", None)
+        return {"done": self._done, "hook": None if inner is None else inner()}
+
+    def set_state(self, state: dict[str, Any], report: Report) -> None:
+        self._done = state["done"]
+        if state["hook"] is not None:
+            self._hook.set_state(state["hook"], report)  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        close = getattr(self._inner, "close", None)
+        close = getattr(self._hook, "close", None)
         if close is not None:
             close()
 
@@ -169,6 +177,18 @@ class Best:
             )
         return self._params
 
+    def get_state(self) -> dict[str, Any]:
+        """Returns what a run that goes on needs."""
+        leaves = None if self._params is None else jax.tree.leaves(self._params)
+        return {"value": self.value, "step": self.step, "params": leaves}
+
+    def set_state(self, state: dict[str, Any], report: Report) -> None:
+        """Takes over what :meth:`get_state` returned, in a run as far as reported."""
+        self.value, self.step = state["value"], state["step"]
+        if state["params"] is not None:
+            tree = jax.tree.structure(report.state.params)
+            self._params = jax.tree.unflatten(tree, state["params"])
+
 
 def keep_best(metric: str, mode: Mode = "min") -> Best:
     """Makes a hook that keeps a copy of the params with the best value of a metric.
@@ -214,30 +234,43 @@ def early_stopping(metric: str, patience: int, mode: Mode = "min") -> Hook:
     """
     if patience < 1:
         raise ValueError(f"early_stopping: patience must be at least 1, got {patience}")
-    best = Best(metric, mode, keep=False)
-    seen, misses = False, 0
+    return _Stop(Best(metric, mode, keep=False), patience)
 
-    def stop_early(report: Report) -> None:
-        nonlocal seen, misses
+
+@dataclasses.dataclass
+class _Stop:
+    best: Best
+    patience: int
+    seen: bool = False
+    misses: int = 0
+
+    def __call__(self, report: Report) -> None:
+        metric, best = self.best.metric, self.best
         if metric in report.metrics:
-            seen = True
+            self.seen = True
             best(report)
-            misses = 0 if best.step == report.step else misses + 1
-            if misses >= patience:
+            self.misses = 0 if best.step == report.step else self.misses + 1
+            if self.misses >= self.patience:
                 report.stop = (
                     f"{metric} has not improved on {best.value:.6g} since step "
                     f"{best.step}"
                     if best.value is not None
                     else f"{metric} was never a number"
                 )
-        elif report.last and not seen:
+        elif report.last and not self.seen:
             warnings.warn(
                 f"early_stopping: {metric!r} never came up; the last report has "
                 f"{sorted(report.metrics)}",
                 stacklevel=2,
             )
 
-    return stop_early
+    def get_state(self) -> dict[str, Any]:
+        best = self.best.get_state()
+        return {"best": best, "seen": self.seen, "misses": self.misses}
+
+    def set_state(self, state: dict[str, Any], report: Report) -> None:
+        self.best.set_state(state["best"], report)
+        self.seen, self.misses = state["seen"], state["misses"]
 
 
 def write_jsonl(path: str | os.PathLike[str]) -> Hook:
@@ -260,28 +293,104 @@ def write_jsonl(path: str | os.PathLike[str]) -> Hook:
       >>> jlstm.train.read_jsonl(path)
       [{'step': 1, 'seconds': 0.0, 'loss': 0.5}]
     """
-    file = Path(path)
-    begun = False
+    return _Lined(Path(path))
 
-    def write_line(report: Report) -> None:
-        nonlocal begun
-        record = {"step": report.step, "seconds": round(report.seconds, 3)}
+
+@dataclasses.dataclass
+class _Lined:
+    """Appends lines; a run that goes on cuts off those that it will write again."""
+
+    path: Path
+    begun: bool = False
+    bytes: int = 0
+
+    def __call__(self, report: Report) -> None:
+        record: dict[str, Any] = {"step": report.step}
+        record["seconds"] = round(report.seconds, 3)
         record |= {name: finite(value) for name, value in report.metrics.items()}
+        if report.skipped:
+            record["skipped"] = report.skipped
         if report.stop is not None:
             record["stop"] = report.stop
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "ab+") as stream:
-            if not begun:
-                _cut_half_line(stream)
-            stream.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        begun = True
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            if not self.begun:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "ab+") as stream:
+                    _cut_half_line(stream)
+                self.begun = True
+            # A file that was removed meanwhile is not begun anew in silence.
+            with open(self.path, "rb+") as stream:
+                stream.seek(0, os.SEEK_END)
+                stream.write(line)
+                self.bytes = stream.tell()
+        except OSError as error:
+            raise OSError(
+                f"write_jsonl: {self.path} cannot be written ({error.strerror})"
+            ) from error
 
-    return write_line
+    def begin(self) -> None:
+        # What a run left that was killed before its first checkpoint.
+        self.path.unlink(missing_ok=True)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"bytes": self.bytes}
+
+    def set_state(self, state: dict[str, Any], report: Report) -> None:
+        del report
+        self.bytes = state["bytes"]
+        if self.path.exists() and self.path.stat().st_size > state["bytes"]:
+            os.truncate(self.path, state["bytes"])
 
 
 def _cut_half_line(file: IO[bytes]) -> None:
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def write_tensorboard(folder: str | os.PathLike[str]) -> Hook:
+    """Makes a hook that writes each report's metrics for TensorBoard.
+
+    A run that goes on hides what was written after its checkpoint.
+
+    Args:
+      folder: of the event files.
+
+    Returns:
+      The hook.
+
+    Raises:
+      ImportError: tensorboardX is not installed.
+    """
+    return _Board(Path(folder), import_optional("tensorboardX"))
+
+
+@dataclasses.dataclass
+class _Board:
+    folder: Path
+    library: Any
+    purge: int | None = None
+    writer: Any = None
+
+    def __call__(self, report: Report) -> None:
+        if self.writer is None:
+            self.writer = self.library.SummaryWriter(
+                str(self.folder), purge_step=self.purge
+            )
+        for name, value in report.metrics.items():
+            self.writer.add_scalar(name, value, report.step)
+        self.writer.flush()
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any], report: Report) -> None:
+        del state
+        self.purge = report.step + 1
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
 
 def finite(value: Any) -> Any:
@@ -378,7 +487,10 @@ class _Bar:
 def _metrics_text(report: Report) -> str:
     # A compiled step returns its metrics in alphabetical order.
     names = sorted(report.metrics, key=lambda name: name != "loss")
-    return "  ".join(f"{name} {report.metrics[name]:.4g}" for name in names)
+    parts = [f"{name} {report.metrics[name]:.4g}" for name in names]
+    if report.skipped:
+        parts.append(f"skipped {report.skipped}")
+    return "  ".join(parts)
 
 
 def _rates_text(report: Report, unit: str) -> str:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
+
+from jlstm.train.checkpoint import Checkpoints
+from jlstm.train.fingerprint import fingerprint
 from jlstm.train.losses import divide, sum_metrics
-from jlstm.train.state import TrainState, check_alive
+from jlstm.train.signals import Cut, Interrupted, Signals
+from jlstm.train.state import NonFiniteError, TrainState, check_alive
 from jlstm.train.step import Metrics, TrainStep
 
 
@@ -30,6 +36,8 @@ class Report:
         the batches ended.
       window_seconds: what these steps took, hooks not counted.
       stop: None, or why the run ends here. A hook sets it to end the run.
+      skipped: number of steps whose loss or gradient was not finite, which therefore
+        changed nothing.
     """
 
     step: int
@@ -41,6 +49,7 @@ class Report:
     window_steps: int = 0
     window_seconds: float = 0.0
     stop: str | None = None
+    skipped: int = 0
 
     @property
     def last(self) -> bool:
@@ -59,27 +68,40 @@ def fit(
     num_steps: int,
     hooks: Sequence[Hook] = (),
     log_every: int = 50,
+    checkpoints: Checkpoints | None = None,
+    max_skipped: int = 5,
 ) -> Report:
     """Trains until ``num_steps`` steps have been taken in all.
 
-    The run begins at ``state.step``: to resume, pass the state and the batches that
-    remain. Metrics stay on the device, where steps queue up, until a report is due:
-    after each multiple of ``log_every`` and after the last step. A report goes to the
-    hooks in order. However the run ends, each hook that has a method ``close()`` has it
-    called.
+    The run begins at ``state.step``, or, with checkpoints, where the newest of them is;
+    the batches are then put in the place where they were. Metrics stay on the device,
+    where steps queue up, until a report is due: after each multiple of ``log_every``
+    and after the last step. A report goes to the hooks in order. However the run ends,
+    each hook that has a method ``close()`` has it called.
 
-    Exactly one batch is read a step, so that an iterator saved by a hook continues with
-    the next one.
+    Exactly one batch is read a step. What ``iter(batches)`` returns is asked for its
+    place by ``get_state()`` and put there by ``set_state(place)``, as ``grain``'s
+    iterators can be; of others, the batches that were read are read again. A hook that
+    has ``get_state()`` and ``set_state(state, report)`` is saved and restored likewise;
+    one that has ``begin()`` has it called where a run with checkpoints begins anew.
+
+    With checkpoints, SIGTERM and SIGINT (Ctrl-C) finish the step, save, and raise
+    :class:`Interrupted`, which ends the process with code 143 or 130; hooks and a wait
+    for data are cut short, and begun again by the next run. A second signal ends the
+    process at once. Several processes stop together when one of them gets SIGTERM.
 
     Args:
-      state: from ``create_state``, or from a checkpoint. It is donated: use the state
-        in the returned report from here on.
+      state: from ``create_state``. It is donated: use the state in the returned report
+        from here on.
       train_step: from ``make_train_step``.
       batches: any iterable; where it ends early, so does the run, as the report says,
         and where there are no hooks to show it, a warning.
       num_steps: the step to stop at.
       hooks: called with each :class:`Report`.
       log_every: number of steps between reports.
+      checkpoints: where the run is saved, and goes on.
+      max_skipped: how many steps in a row may be skipped since their loss or gradient
+        was not finite; the next one raises.
 
     Returns:
       The last report; its ``state`` is the trained one.
@@ -87,6 +109,9 @@ def fit(
     Raises:
       ValueError: ``num_steps`` or ``log_every`` is not positive, there is no batch,
         ``hooks`` is one hook, or an earlier step has taken the state.
+      NonFiniteError: too many steps in a row were skipped. It names the first.
+      Interrupted: after a signal, when all is saved.
+      OSError: a checkpoint cannot be written; those before it are as they were.
 
     Example:
       >>> train, tx = jlstm.train, jlstm.train.sgd(0.1)
@@ -99,65 +124,304 @@ def fit(
     for name, value in (("num_steps", num_steps), ("log_every", log_every)):
         if value < 1:
             raise ValueError(f"fit: {name} must be at least 1, got {value}")
+    if max_skipped < 0:
+        raise ValueError(f"fit: max_skipped must be 0 or more, got {max_skipped}")
     if callable(hooks):
         raise ValueError(
             f"fit: hooks must be a sequence, got the one hook {hooks!r}; write "
             "hooks=[hook]"
         )
     check_alive("fit", state)
+    together = checkpoints is not None and jax.process_count() > 1
+    run = _Run(
+        state=state,
+        train_step=train_step,
+        batches=batches,
+        num_steps=num_steps,
+        hooks=hooks,
+        log_every=log_every,
+        checkpoints=checkpoints,
+        max_skipped=max_skipped,
+        signals=Signals(listen=checkpoints is not None and not together),
+        together=together,
+    )
     try:
-        return _fit(state, train_step, batches, num_steps, hooks, log_every)
+        with run.signals:
+            return run.go()
     finally:
-        for hook in hooks:
-            close = getattr(hook, "close", None)
-            if close is not None:
-                close()
+        run.close()
 
 
-def _fit(
-    state: TrainState,
-    train_step: TrainStep,
-    batches: Iterable[Any],
-    num_steps: int,
-    hooks: Sequence[Hook],
-    log_every: int,
-) -> Report:
-    step = first = int(state.step)
-    report = Report(step, num_steps, state)
-    window: list[Metrics] = []
-    iterator = iter(batches)
-    start = mark = time.perf_counter()
-    while not report.last:
+@dataclasses.dataclass
+class _Run:
+    """A run under way: what :func:`fit` got, and what it has to remember."""
+
+    state: TrainState
+    train_step: TrainStep
+    batches: Iterable[Any]
+    num_steps: int
+    hooks: Sequence[Hook]
+    log_every: int
+    checkpoints: Checkpoints | None
+    max_skipped: int
+    signals: Signals
+    together: bool
+    # Metrics since the last report: on the device, and summed.
+    window: list[Metrics] = dataclasses.field(default_factory=list)
+    sums: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    window_steps: int = 0
+    window_seconds: float = 0.0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    place: Any = None  # in the batches, of the next one
+    before_hooks: list[Any] | None = None  # what they remembered, while they run
+    ended: bool = False  # the batches have
+
+    def go(self) -> Report:
+        self.step = int(self.state.step)
+        self.report = Report(self.step, self.num_steps, self.state)
+        iterator = iter(self.batches)
+        self.place = _place_of(iterator, None)
+        resumed = self.checkpoints is not None and self._restore(iterator)
+        self.first = self.step
+        self.clock = time.perf_counter()
         try:
-            batch = next(iterator)
+            while True:
+                if self._report_is_due():
+                    self._report()
+                self._save_if_due()
+                if self.report.last:
+                    break
+                self._take_step(iterator, resumed)
+        except Cut:
+            pass
+        if self.checkpoints is not None:
+            self._save_at_the_end()
+        if self.signals.received is not None and not self.report.last:
+            self._end_early()
+        if self.checkpoints is not None:
+            self.checkpoints.last_state = self.report.state
+        return self.report
+
+    def close(self) -> None:
+        """Closes hooks and checkpoints, all of them, whatever goes wrong."""
+        closing = [getattr(hook, "close", None) for hook in self.hooks]
+        if self.checkpoints is not None:
+            closing.append(self.checkpoints.close)
+        problem = None
+        for close in closing:
+            try:
+                if close is not None:
+                    close()
+            except Exception as error:
+                problem = problem or error
+        if problem is not None and sys.exc_info()[0] is None:
+            raise problem
+
+    # One step.
+
+    def _take_step(self, iterator: Iterator[Any], resumed: bool) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.check()
+        try:
+            with self.signals.cutting(f"waiting for batch {self.step + 1}"):
+                batch = next(iterator)
         except StopIteration:
-            if step == first:
+            if self.step == self.first and not resumed:
                 raise ValueError("fit: batches is empty") from None
-            stop = f"batches ended after step {step} of {num_steps}"
-            if not hooks:
-                warnings.warn(f"fit: {stop}", stacklevel=3)
-        else:
-            state, metrics = train_step(state, batch)
-            window.append(metrics)
-            step += 1
-            stop = None
-            if step % log_every and step < num_steps:
-                continue
-        sums = sum_metrics(window)
-        now = time.perf_counter()
-        report = Report(
-            step=step,
-            num_steps=num_steps,
-            state=state,
-            metrics=divide(sums),
-            counts={name: count for name, (_, count) in sums.items()},
-            seconds=now - start,
-            window_steps=len(window),
-            window_seconds=now - mark,
-            stop=stop,
+            if not self.hooks:
+                warnings.warn(f"fit: {self._stop_text()}", stacklevel=5)
+            self.ended = True
+            return
+        self.signals.doing = f"in step {self.step + 1}" + (
+            ", which compiles" if self.step == self.first else ""
         )
-        window = []
-        for hook in hooks:
-            hook(report)
-        mark = time.perf_counter()
-    return report
+        if self.checkpoints is not None:
+            self.checkpoints.begin_step(self.step + 1)
+        self.state, metrics = self.train_step(self.state, batch)
+        self.window.append(metrics)
+        self.window_steps += 1
+        self.step += 1
+        if self.checkpoints is not None:
+            self.place = _place_of(iterator, self.place)
+        if self._must_end():
+            raise Cut
+
+    def _must_end(self) -> bool:
+        if self.together:
+            from jax.experimental import multihost_utils
+
+            if multihost_utils.reached_preemption_sync_point(self.step):
+                self.signals.received = 15
+        return self.signals.received is not None and not self._report_is_due(last=True)
+
+    def _stop_text(self) -> str:
+        return f"batches ended after step {self.step} of {self.num_steps}"
+
+    # Reports.
+
+    def _report_is_due(self, *, last: bool = False) -> bool:
+        if self.ended:
+            return self.report.stop is None
+        if last:
+            return self.step >= self.num_steps
+        at = self.step % self.log_every == 0 or self.step >= self.num_steps
+        return bool(self.window_steps) and at
+
+    def _fetch(self) -> None:
+        """Waits for the steps taken, and adds up their metrics."""
+        fetched = jax.device_get(self.window)
+        before = self.step - len(fetched)
+        for number, metrics in enumerate(fetched, before + 1):
+            if metrics.get("skipped"):
+                self.skipped += 1
+                self.skipped_in_a_row += 1
+            else:
+                self.skipped_in_a_row = 0
+            if self.skipped_in_a_row > self.max_skipped:
+                raise NonFiniteError(self._skipped_text(number))
+        taken = [m for m in fetched if not m.get("skipped")]
+        self.sums = sum_metrics(taken, self.sums)
+        self.sums.pop("skipped", None)
+        self.window = []
+        now = time.perf_counter()
+        self.window_seconds += now - self.clock
+        self.seconds += now - self.clock
+        self.clock = now
+
+    def _skipped_text(self, last: int) -> str:
+        first, n = last - self.skipped_in_a_row + 1, self.skipped_in_a_row
+        steps = f"step {last}" if n == 1 else f"steps {first} to {last}"
+        kept = ""
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+            kept = f"; {self.checkpoints.describe_last()}"
+        return (
+            f"fit: the loss or its gradient is not finite in {steps}, which changed "
+            f"nothing{kept}; make_train_step(debug_nans=True), or --debug-nans, finds "
+            "the operation"
+        )
+
+    def _report(self) -> None:
+        self._fetch()
+        report = Report(
+            step=self.step,
+            num_steps=self.num_steps,
+            state=self.state,
+            metrics=divide(self.sums),
+            counts={name: count for name, (_, count) in self.sums.items()},
+            seconds=self.seconds,
+            window_steps=self.window_steps,
+            window_seconds=self.window_seconds,
+            stop=self._stop_text() if self.ended else None,
+            skipped=self.skipped,
+        )
+        self.before_hooks = [_state_of(hook) for hook in self.hooks]
+        with self.signals.cutting(f"in the hooks of step {self.step}"):
+            for hook in self.hooks:
+                hook(report)
+        self.before_hooks = None
+        self.report, self.sums = report, {}
+        self.window_steps, self.window_seconds = 0, 0.0
+        self.clock = time.perf_counter()
+
+    # Checkpoints.
+
+    def _restore(self, iterator: Iterator[Any]) -> bool:
+        assert self.checkpoints is not None
+        found = self.checkpoints.open(self.state, fingerprint(self.batches))
+        if found is None:
+            for hook in self.hooks:
+                if hasattr(hook, "begin"):
+                    hook.begin()  # type: ignore[attr-defined]
+            return False
+        record = found.record
+        self.state, self.step = found.state, found.step
+        for name in _REMEMBERED:
+            setattr(self, name, record[name])
+        self.sums = {k: (a, b) for k, (a, b) in record["sums"].items()}
+        self.report = Report(
+            **record["report"], num_steps=self.num_steps, state=self.state
+        )
+        for hook, saved in zip(self.hooks, record["hooks"], strict=True):
+            if saved is not None:
+                hook.set_state(saved, self.report)  # type: ignore[attr-defined]
+        if not self.report.last:
+            _put(iterator, self.place)
+        return True
+
+    def _save_if_due(self) -> None:
+        if self.checkpoints is None:
+            return
+        at_report = not self.window_steps
+        metrics = self.report.metrics if at_report else {}
+        best = self.checkpoints.is_best(metrics) and self.report.step == self.step
+        if best or self.checkpoints.due(self.step, at_report=at_report):
+            value = metrics[self.checkpoints.best or ""] if best else None
+            self._save(value)
+
+    def _save(self, best: float | None = None) -> None:
+        assert self.checkpoints is not None
+        self.signals.doing = f"saving step {self.step}"
+        self._fetch()
+        hooks = self.before_hooks
+        if hooks is None:
+            hooks = [_state_of(hook) for hook in self.hooks]
+        report = {
+            field.name: getattr(self.report, field.name)
+            for field in dataclasses.fields(Report)
+            if field.name not in ("state", "num_steps")
+        }
+        record = {name: getattr(self, name) for name in _REMEMBERED}
+        record |= {"sums": self.sums, "report": report, "hooks": hooks}
+        self.checkpoints.save(self.step, self.state, record, best=best)
+
+    def _save_at_the_end(self) -> None:
+        assert self.checkpoints is not None
+        if self.checkpoints.saved_step != self.step or self.before_hooks is not None:
+            self._save()
+        self.checkpoints.wait()
+
+    def _end_early(self) -> None:
+        number = self.signals.received or 0
+        assert self.checkpoints is not None
+        raise Interrupted(
+            number,
+            f"ended by a signal after step {self.step} of {self.num_steps}, saved in "
+            f"{self.checkpoints.folder}; the same command goes on from there",
+        )
+
+
+# What a checkpoint has of a run, under the names of _Run.
+_REMEMBERED = (
+    "window_steps",
+    "window_seconds",
+    "seconds",
+    "skipped",
+    "skipped_in_a_row",
+    "place",
+    "ended",
+)
+
+
+def _place_of(iterator: Any, before: Any) -> Any:
+    """Returns the place of the next batch, given that of the one before it."""
+    get_state = getattr(iterator, "get_state", None)
+    if get_state is not None:
+        return get_state()
+    return {"batches_read": 0 if before is None else before["batches_read"] + 1}
+
+
+def _put(iterator: Any, place: Any) -> None:
+    set_state = getattr(iterator, "set_state", None)
+    if set_state is not None:
+        set_state(place)
+        return
+    for _ in range(place["batches_read"]):
+        next(iterator, None)
+
+
+def _state_of(hook: Any) -> Any:
+    get_state = getattr(hook, "get_state", None)
+    return None if get_state is None else get_state()

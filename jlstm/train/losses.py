@@ -259,9 +259,13 @@ def average(metrics: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 def sum_metrics(
     metrics: Iterable[Mapping[str, Any]],
+    sums: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Sums totals and counts by name, in float64, after one fetch from the device."""
-    sums: dict[str, tuple[float, float]] = {}
+    """Sums totals and counts by name, in float64, after one fetch from the device.
+
+    One by one onto ``sums``: in however many calls, the result has the same bits.
+    """
+    sums = dict(sums or {})
     for batch in jax.device_get(list(metrics)):
         for name, metric in batch.items():
             mean = metric if isinstance(metric, Mean) else Mean(metric, 1)

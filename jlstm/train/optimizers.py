@@ -6,8 +6,9 @@ out, and any other optax transformation serves as well.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,103 @@ import optax
 
 from jlstm.types import Array, PyTree
 
-Schedule = Literal["constant", "linear", "cosine"]
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """The rate stays at its highest, after a linear warm-up."""
+
+    warmup: float = 0.0
+    """Fraction of the run in which the rate rises."""
+
+    def fall(self, start: int, steps: int) -> optax.Schedule:
+        """Makes what follows the warm-up, which took ``start`` steps; 1 is highest."""
+        del start, steps
+        return optax.constant_schedule(1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """The rate falls along a line, after a linear warm-up."""
+
+    warmup: float = 0.0
+    """Fraction of the run in which the rate rises."""
+    final_fraction: float = 0.0
+    """Of the highest rate, at the end."""
+
+    def fall(self, start: int, steps: int) -> optax.Schedule:
+        """Makes what follows the warm-up, which took ``start`` steps; 1 is highest."""
+        del start
+        return optax.linear_schedule(1.0, self.final_fraction, steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """The rate falls along half a cosine, after a linear warm-up."""
+
+    warmup: float = 0.0
+    """Fraction of the run in which the rate rises."""
+    final_fraction: float = 0.0
+    """Of the highest rate, at the end."""
+
+    def fall(self, start: int, steps: int) -> optax.Schedule:
+        """Makes what follows the warm-up, which took ``start`` steps; 1 is highest."""
+        del start
+        return optax.cosine_decay_schedule(1.0, steps, alpha=self.final_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exponential:
+    """The rate falls by the same factor each step, after a linear warm-up."""
+
+    warmup: float = 0.0
+    """Fraction of the run in which the rate rises."""
+    final_fraction: float = 0.01
+    """Of the highest rate, at the end."""
+
+    def fall(self, start: int, steps: int) -> optax.Schedule:
+        """Makes what follows the warm-up, which took ``start`` steps; 1 is highest."""
+        del start
+        return optax.exponential_decay(1.0, steps, self.final_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseSqrt:
+    """The rate falls as one over the root of the step, after a linear warm-up."""
+
+    warmup: float = 0.1
+    """Fraction of the run in which the rate rises."""
+
+    def fall(self, start: int, steps: int) -> optax.Schedule:
+        """Makes what follows the warm-up, which took ``start`` steps; 1 is highest."""
+        del steps
+        first = max(start, 1)
+        return lambda step: (first / (first + jnp.maximum(step, 0))) ** 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The rate is multiplied by a factor at some places, after a linear warm-up."""
+
+    warmup: float = 0.0
+    """Fraction of the run in which the rate rises."""
+    at: tuple[float, ...] = (0.5, 0.75)
+    """Places, as fractions of the run."""
+    factor: float = 0.1
+    """Of the rate before."""
+
+    def fall(self, start: int, steps: int) -> optax.Schedule:
+        """Makes what follows the warm-up, which took ``start`` steps; 1 is highest."""
+        places = [round(place * (start + steps)) - start for place in self.at]
+        if len(set(places)) < len(places) or min(places, default=1) < 1:
+            raise ValueError(
+                f"schedule.at: must rise, from after the warm-up on, got {self.at}"
+            )
+        return optax.piecewise_constant_schedule(
+            1.0, dict.fromkeys(places, self.factor)
+        )
+
+
+Schedule = Constant | Linear | Cosine | Exponential | InverseSqrt | Steps
 DecayIf = Callable[[str, Array], bool]
 
 
@@ -29,9 +126,7 @@ def adamw(
     learning_rate: float,
     *,
     num_steps: int | None = None,
-    schedule: Schedule = "constant",
-    warmup_steps: int = 0,
-    final_fraction: float = 0.0,
+    schedule: Schedule = Constant(),
     clip_norm: float | None = 1.0,
     weight_decay: float = 0.01,
     decay_if: DecayIf = is_matrix,
@@ -45,10 +140,8 @@ def adamw(
 
     Args:
       learning_rate: the highest rate of the schedule.
-      num_steps: length of the run, for a schedule that ends.
-      schedule: what follows the warm-up, see :func:`make_schedule`.
-      warmup_steps: steps of linear warm-up.
-      final_fraction: which fraction of the rate a schedule ends at.
+      num_steps: length of the run, which a schedule divides.
+      schedule: how the rate rises and falls, see :func:`make_schedule`.
       clip_norm: the largest global norm of a gradient; None for no limit.
       weight_decay: decoupled, that is, multiplied by the rate only.
       decay_if: ``(path, leaf) -> bool``, which leaves decay; the path is written
@@ -67,16 +160,10 @@ def adamw(
       Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
 
     Example:
-      >>> tx = jlstm.train.adamw(3e-3, schedule="cosine", num_steps=1000)
+      >>> tx = jlstm.train.adamw(3e-3, schedule=jlstm.train.Cosine(), num_steps=1000)
       >>> state = jlstm.train.create_state({"w": jnp.ones((2, 2))}, tx)
     """
-    rate = make_schedule(
-        learning_rate,
-        num_steps=num_steps,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        final_fraction=final_fraction,
-    )
+    rate = make_schedule(learning_rate, num_steps=num_steps, schedule=schedule)
     decay = optax.adamw(
         rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_mask(decay_if)
     )
@@ -87,9 +174,7 @@ def sgd(
     learning_rate: float,
     *,
     num_steps: int | None = None,
-    schedule: Schedule = "constant",
-    warmup_steps: int = 0,
-    final_fraction: float = 0.0,
+    schedule: Schedule = Constant(),
     clip_norm: float | None = 1.0,
     weight_decay: float = 0.0,
     decay_if: DecayIf = is_matrix,
@@ -103,10 +188,8 @@ def sgd(
 
     Args:
       learning_rate: the highest rate of the schedule.
-      num_steps: length of the run, for a schedule that ends.
-      schedule: what follows the warm-up, see :func:`make_schedule`.
-      warmup_steps: steps of linear warm-up.
-      final_fraction: which fraction of the rate a schedule ends at.
+      num_steps: length of the run, which a schedule divides.
+      schedule: how the rate rises and falls, see :func:`make_schedule`.
       clip_norm: the largest global norm of a gradient; None for no limit.
       weight_decay: added to the clipped gradient, the L2 penalty of classic results.
       decay_if: ``(path, leaf) -> bool``, which leaves decay.
@@ -123,13 +206,7 @@ def sgd(
       >>> tx = jlstm.train.sgd(1.0, clip_norm=0.25)
       >>> state = jlstm.train.create_state({"w": jnp.ones((2, 2))}, tx)
     """
-    rate = make_schedule(
-        learning_rate,
-        num_steps=num_steps,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        final_fraction=final_fraction,
-    )
+    rate = make_schedule(learning_rate, num_steps=num_steps, schedule=schedule)
     return optax.chain(
         _clip(clip_norm),
         optax.add_decayed_weights(weight_decay, mask=_mask(decay_if)),
@@ -141,22 +218,20 @@ def make_schedule(
     learning_rate: float,
     *,
     num_steps: int | None = None,
-    schedule: Schedule = "constant",
-    warmup_steps: int = 0,
-    final_fraction: float = 0.0,
+    schedule: Schedule = Constant(),
 ) -> optax.Schedule:
     """Makes a learning-rate schedule.
 
-    Step ``n`` of the warm-up has the rate ``(n + 1) / (warmup_steps + 1)`` times the
-    highest, so that no step is without effect. After it the rate stays, or falls along
-    a line or half a cosine to ``final_fraction`` of the highest at ``num_steps``.
+    Step ``n`` of a warm-up of ``W`` steps has the rate ``(n + 1) / (W + 1)`` times the
+    highest, so that no step is without effect. What follows is :class:`Constant`,
+    :class:`Linear`, :class:`Cosine`, :class:`Exponential`, :class:`InverseSqrt` or
+    :class:`Steps`; as the field of a config, each is a choice on the command line
+    (``schedule:linear --schedule.warmup 0.1``).
 
     Args:
       learning_rate: the highest rate.
-      num_steps: the step at which the fall ends.
-      schedule: ``"constant"``, ``"linear"`` or ``"cosine"``.
-      warmup_steps: steps of linear warm-up.
-      final_fraction: in ``[0, 1]``.
+      num_steps: the length of the run; a constant rate without warm-up needs none.
+      schedule: one of the classes above, or any with ``warmup`` and ``fall``.
 
     Returns:
       A function of the step.
@@ -165,52 +240,33 @@ def make_schedule(
       ValueError: a value out of range, or ``num_steps`` missing.
 
     Example:
-      >>> rate = jlstm.train.make_schedule(1.0, schedule="linear", num_steps=4)
+      >>> train = jlstm.train
+      >>> rate = train.make_schedule(1.0, schedule=train.Linear(), num_steps=4)
       >>> [float(rate(step)) for step in range(5)]
       [1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    _check_schedule(learning_rate, num_steps, schedule, warmup_steps, final_fraction)
-    warmup = optax.linear_schedule(
-        learning_rate / (warmup_steps + 1), learning_rate, warmup_steps
-    )
-    if schedule == "constant" or num_steps is None:
-        after = optax.constant_schedule(learning_rate)
-    elif schedule == "linear":
-        after = optax.linear_schedule(
-            learning_rate, learning_rate * final_fraction, num_steps - warmup_steps
-        )
-    else:
-        after = optax.cosine_decay_schedule(
-            learning_rate, num_steps - warmup_steps, alpha=final_fraction
-        )
-    return (
-        optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
-    )
-
-
-def _check_schedule(
-    learning_rate: float,
-    num_steps: int | None,
-    schedule: str,
-    warmup_steps: int,
-    final_fraction: float,
-) -> None:
-    names = get_args(Schedule)
-    if schedule not in names:
-        raise ValueError(f"schedule: must be one of {names}, got {schedule!r}")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate: must be positive, got {learning_rate}")
-    if not 0 <= final_fraction <= 1:
-        raise ValueError(f"final_fraction: must be in [0, 1], got {final_fraction}")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps: must be 0 or more, got {warmup_steps}")
-    if schedule != "constant" and num_steps is None:
-        raise ValueError(f"num_steps: schedule={schedule!r} must know where it ends")
-    if num_steps is not None and num_steps <= warmup_steps:
-        raise ValueError(
-            f"num_steps: must be more than warmup_steps, got {num_steps} and "
-            f"{warmup_steps}"
-        )
+    if num_steps is not None and num_steps < 1:
+        raise ValueError(f"num_steps: must be at least 1, got {num_steps}")
+    if isinstance(schedule, str) or not hasattr(schedule, "fall"):
+        names = ", ".join(f"{kind.__name__}()" for kind in get_args(Schedule))
+        raise ValueError(f"schedule: must be one of {names}, got {schedule!r}")
+    for name, most in (("warmup", 1.0), ("final_fraction", 1.0 + 1e-9)):
+        value = getattr(schedule, name, 0.0)
+        if not 0 <= value < most:
+            end = ")" if name == "warmup" else "]"
+            raise ValueError(f"schedule.{name}: must lie in [0, 1{end}, got {value}")
+    if num_steps is None:
+        if schedule != Constant():
+            raise ValueError(f"num_steps: {schedule!r} must know the length of the run")
+        return optax.constant_schedule(learning_rate)
+    start = round(schedule.warmup * num_steps)
+    start = min(start, num_steps - 1)
+    fall = schedule.fall(start, num_steps - start)
+    rise = optax.linear_schedule(1 / (start + 1), 1.0, start) if start else fall
+    shape = optax.join_schedules([rise, fall], [start]) if start else fall
+    return lambda step: learning_rate * shape(step)
 
 
 def _clip(norm: float | None) -> optax.GradientTransformation:

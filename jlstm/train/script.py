@@ -37,15 +37,47 @@ import traceback
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, SupportsFloat, TypeVar
+from typing import Any, Literal, NoReturn, SupportsFloat, TypeVar
 
 import jax
 import numpy as np
 
-from jlstm.train.hooks import finite, import_optional
+from jlstm.train.checkpoint import Checkpoints, Resume
+from jlstm.train.files import Lock, write_json
+from jlstm.train.fingerprint import difference, hash_tree
+from jlstm.train.hooks import (
+    Hook,
+    finite,
+    import_optional,
+    show_progress,
+    write_jsonl,
+    write_tensorboard,
+)
+from jlstm.train.signals import Interrupted
+from jlstm.train.state import NonFiniteError
 from jlstm.types import PyTree
 
 TRACEBACK = "JLSTM_TRACEBACK"
+
+
+def indifferent(default: Any) -> Any:
+    """Makes the field of a config that does not change the result of its run.
+
+    A run may go on with another value of it.
+
+    Args:
+      default: its default.
+
+    Returns:
+      The field.
+
+    Example:
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Config(jlstm.train.Options):
+      ...     sample: int = 600
+      ...     verbose: bool = jlstm.train.indifferent(False)
+    """
+    return dataclasses.field(default=default, metadata={"indifferent": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +88,43 @@ class Options:
     """The config that the other options change."""
     data: Path | None = None
     """Where the data are; without it, data that every machine has."""
-    workdir: Path | None = None
+    workdir: Path | None = indifferent(None)
     """Folder for configuration, metrics, plots and result; none is kept without it."""
     seed: int = 0
     """Seed of all randomness."""
-    devices: int = 1
-    """Devices that share each batch; of a CPU, as many as it has cores at most."""
+    resume: Resume = indifferent("auto")
+    """Go on from the checkpoints in the workdir: auto if there are any; never and must
+    refuse the other."""
+    checkpoint_minutes: float = indifferent(10.0)
+    """Between two checkpoints."""
+    checkpoint_every: int | None = indifferent(None)
+    """Steps between two checkpoints, instead of minutes."""
+    tensorboard: bool = indifferent(False)
+    """Write the metrics for TensorBoard too, to WORKDIR/tensorboard."""
+    debug_nans: bool = indifferent(False)
+    """Find the operation that first gives NaN or infinity; slow."""
+    mesh: str = indifferent("data=1")
+    """data=N shares each batch among N devices; of a CPU, as many as it has cores."""
+    distributed: bool = indifferent(False)
+    """Join the other processes that SLURM, Kubernetes or MPI started."""
+    coordinator: str | None = indifferent(None)
+    """HOST:PORT of process 0, to join processes that were started by hand."""
+    num_processes: int | None = indifferent(None)
+    """How many there are."""
+    process_id: int | None = indifferent(None)
+    """Which one this is, from 0."""
+
+    @property
+    def devices(self) -> int:
+        """How many devices share each batch.
+
+        Raises:
+          ValueError: ``mesh`` is not ``data=N``.
+        """
+        name, _, size = self.mesh.partition("=")
+        if name != "data" or not size.isdecimal() or not int(size):
+            raise ValueError(f"--mesh: must be data=N, got {self.mesh!r}")
+        return int(size)
 
 
 ConfigT = TypeVar("ConfigT", bound=Options)
@@ -76,9 +139,11 @@ def run(
 
     ``--preset`` picks a config, the first by default, and every other field of it may
     be overridden; ``--help`` shows each field with its doc and its value in the preset.
-    Bad options, and bad input (``ValueError`` or ``OSError`` from ``main``), print one
-    line and exit with code 2; set the environment variable ``JLSTM_TRACEBACK`` to see
-    the traceback too. Any other exception is a bug and is left alone.
+    Bad options, bad input and a full disk (``ValueError`` or ``OSError`` from ``main``)
+    print one line and exit with code 2; set the environment variable
+    ``JLSTM_TRACEBACK`` to see the traceback too. Numbers that do not become finite
+    again (:class:`jlstm.train.NonFiniteError`) exit with code 3; SIGTERM and Ctrl-C,
+    when all is saved, with 143 and 130. Any other exception is a bug and is left alone.
 
     Args:
       main: takes the config.
@@ -86,7 +151,7 @@ def run(
       argv: the arguments, those of the process by default.
 
     Raises:
-      SystemExit: with code 2 as above, and 130 for an interrupt.
+      SystemExit: with a code as above.
 
     Example:
       >>> presets = {"smoke": jlstm.train.Options(seed=1)}
@@ -95,18 +160,50 @@ def run(
     """
     arguments = sys.argv[1:] if argv is None else argv
     config = _parse(presets, arguments)
-    if config.devices > 1:
-        # Read when JAX first touches a device, and by CPUs alone.
-        jax.config.update("jax_num_cpu_devices", config.devices)
     try:
+        _join_devices(config)
         main(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NonFiniteError) as error:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
-        _exit(str(error) or type(error).__name__)
+        code = 3 if isinstance(error, NonFiniteError) else 2
+        _exit(str(error) or type(error).__name__, code)
+    except Interrupted as interrupted:
+        print(interrupted.message, file=sys.stderr)
+        _end(interrupted.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _end(code: Any) -> NoReturn:
+    """Ends the process without waiting for threads that are still reading data."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _join_devices(config: Options) -> None:
+    """Makes the devices of a CPU, and joins other processes, before JAX looks."""
+    by_hand = (config.coordinator, config.num_processes, config.process_id)
+    given = [value is not None for value in by_hand]
+    if any(given) and not all(given):
+        raise ValueError(
+            "--coordinator, --num-processes and --process-id belong together"
+        )
+    if config.devices > 1:
+        # Read by CPUs alone.
+        local, rest = divmod(config.devices, config.num_processes or 1)
+        if rest:
+            raise ValueError(
+                f"--mesh: {config.num_processes} processes cannot share "
+                f"{config.devices} devices evenly"
+            )
+        jax.config.update("jax_num_cpu_devices", local)
+    if config.distributed or config.coordinator is not None:
+        jax.distributed.initialize(*by_hand)
 
 
 def _parse(presets: Mapping[str, ConfigT], arguments: list[str]) -> ConfigT:
@@ -149,9 +246,9 @@ def _flatten(box: str) -> str:
     return " ".join(text).rstrip(".") or "bad options"
 
 
-def _exit(message: str) -> NoReturn:
+def _exit(message: str, code: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def describe(config: Any, params: PyTree = None) -> str:
@@ -180,20 +277,23 @@ def describe(config: Any, params: PyTree = None) -> str:
 class Workdir:
     """The folder of one run.
 
-    It holds ``config.json``, ``env.json``, ``metrics.jsonl``, ``plots/`` and, of a run
-    that ended, ``result.json``; JSON files appear whole or not at all. A folder belongs
-    to one config: a run with another one is refused, the same one may run again, with
-    its result removed first.
+    It holds ``config.json``, ``env.json``, ``metrics.jsonl``, ``checkpoints/``,
+    ``plots/`` and, of a run that ended, ``result.json``; JSON files appear whole or not
+    at all. A folder belongs to one config: a run with another one is refused, with what
+    differs; the same one goes on, and one that has ended stays as it is. While a
+    process works in it, others are kept out.
 
     Attributes:
       path: the folder; where the config names none, a temporary one.
+      result: what an earlier process wrote to ``result.json``, if one did; then there
+        is nothing left to do.
       metrics: the file for ``write_jsonl``.
       plots: the folder for pictures.
 
     Example:
       >>> workdir = jlstm.train.Workdir(jlstm.train.Options(), experiment="demo")
       >>> sorted(file.name for file in workdir.path.iterdir())
-      ['config.json', 'env.json', 'plots']
+      ['config.json', 'env.json', 'lock', 'plots']
     """
 
     def __init__(self, config: Options, experiment: str) -> None:
@@ -204,30 +304,59 @@ class Workdir:
           experiment: its name, in the result.
 
         Raises:
-          ValueError: the folder holds something else, or a run of another config.
+          ValueError: the folder holds something else, or a run of another config, or
+            another process works in it.
         """
         self.config, self.experiment = config, experiment
+        self.result: dict[str, Any] | None = None
         self._start = time.perf_counter()
+        self._checkpoints: list[Checkpoints] = []
         if config.workdir is None:
             self.path = Path(tempfile.mkdtemp())
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         else:
-            self.path = config.workdir
-        self.metrics = self.path / "metrics.jsonl"
+            self.path = config.workdir.absolute()
+        self.metrics = self.metrics_of()
         self.plots = self.path / "plots"
-        identity = {"experiment": experiment, **_identity(config)}
-        self._claim(identity)
-        self.plots.mkdir(parents=True, exist_ok=True)
-        (self.path / "result.json").unlink(missing_ok=True)
-        write_json(self.path / "config.json", identity)
-        write_json(self.path / "env.json", environment())
+        self._identity = {"experiment": experiment, **_identity(config)}
+        self._claim()
+        result = self.path / "result.json"
+        if result.exists():
+            self.result = json.loads(result.read_text())
+            if config.resume == "never":
+                raise ValueError(
+                    f"Workdir: --resume never, but {self.path} holds a finished run; "
+                    "choose another --workdir, or remove this one"
+                )
+            print(f"finished: {result} is there, nothing is left to do", flush=True)
+        elif self._chief:
+            self.plots.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "config.json", self._identity)
+            self._note_environment()
 
-    def _claim(self, identity: dict[str, Any]) -> None:
+    @property
+    def _chief(self) -> bool:
+        return jax.process_index() == 0
+
+    def _claim(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"Workdir: {self.path} is a file, expected a folder")
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return
+        names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
         advice = "choose another --workdir, or remove this one"
+        if names - {"lock"} and "config.json" not in names:
+            raise ValueError(
+                f"Workdir: {self.path} is not empty, but holds no run; {advice}"
+            )
+        if self._chief:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = Lock(self.path, "Workdir")
+            weakref.finalize(self, lock.release)
+        if "config.json" not in names:
+            if self.config.resume == "must":
+                raise ValueError(
+                    f"Workdir: --resume must, but {self.path} holds no run"
+                )
+            return
         try:
             old = json.loads((self.path / "config.json").read_text())
         except (OSError, ValueError):
@@ -236,12 +365,83 @@ class Workdir:
             raise ValueError(
                 f"Workdir: {self.path} is not empty, but holds no run; {advice}"
             )
-        for name in identity | old:
-            if old.get(name) != identity.get(name):
-                raise ValueError(
-                    f"Workdir: {self.path} holds a run with {name}={old.get(name)!r}, "
-                    f"this one has {identity.get(name)!r}; {advice}"
+        if lines := difference(old, self._identity):
+            raise ValueError(
+                f"Workdir: {self.path} holds another run: {'; '.join(lines)}; {advice}"
+            )
+
+    def _note_environment(self) -> None:
+        new, file = environment(), self.path / "env.json"
+        if file.exists():
+            names = ("versions", "device", "xla_flags", "x64")
+            try:
+                old = json.loads(file.read_text())
+                before, now = ({n: env.get(n) for n in names} for env in (old, new))
+                lines = difference(before, now)
+            except (OSError, ValueError, AttributeError):
+                lines = []
+            if lines:
+                print(
+                    "the run began in another environment, and will not end with the "
+                    f"same bits: {'; '.join(lines)}",
+                    file=sys.stderr,
                 )
+        write_json(file, new)
+
+    def checkpoints(
+        self,
+        name: str = "",
+        *,
+        best: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        keep: int = 2,
+    ) -> Checkpoints:
+        """Makes the checkpoints of a fit, as the options say, in ``checkpoints/``.
+
+        Args:
+          name: of the fit, where a run has several.
+          best: a metric whose best checkpoint is kept too.
+          mode: whether the least or the greatest value is best.
+          keep: how many of the newest are kept.
+
+        Returns:
+          What :func:`jlstm.train.fit` takes.
+        """
+        config = self.config
+        made = Checkpoints(
+            self.path / "checkpoints" / name,
+            every=config.checkpoint_every,
+            minutes=config.checkpoint_minutes,
+            keep=keep,
+            best=best,
+            mode=mode,
+            # Of a run in several parts, those that have not begun are no failure.
+            resume="auto" if config.resume == "must" else config.resume,
+            identity={"config": self._identity},
+        )
+        self._checkpoints.append(made)
+        return made
+
+    def metrics_of(self, name: str = "") -> Path:
+        """Returns the file of a fit's metrics: of the one, or of one of several."""
+        return self.path / (f"metrics_{name}.jsonl" if name else "metrics.jsonl")
+
+    def watchers(self, name: str = "", *, unit: str = "items") -> list[Hook]:
+        """Makes the hooks that write metrics to files and show how a run goes.
+
+        Args:
+          name: of the fit, where a run has several.
+          unit: what the loss counts, such as ``"tokens"``.
+
+        Returns:
+          Hooks for :func:`jlstm.train.fit`, which belong after those that add metrics.
+        """
+        if not self._chief:
+            return []
+        hooks = [write_jsonl(self.metrics_of(name)), show_progress(unit=unit)]
+        if self.config.tensorboard:
+            hooks.insert(1, write_tensorboard(self.path / "tensorboard" / name))
+        return hooks
 
     def write_result(
         self,
@@ -256,6 +456,9 @@ class Workdir:
         **extra: Any,
     ) -> dict[str, Any]:
         """Writes ``result.json``.
+
+        Beside what is given it has ``state_sha256``, the hash of all leaves of the last
+        states of all fits that had checkpoints, and what resuming cost these.
 
         Args:
           metric: what is measured, with its unit.
@@ -275,6 +478,7 @@ class Workdir:
         """
         value, floor = float(value), float(floor)
         beats = value < floor if lower_is_better else value > floor
+        before = sum(c.restored_seconds for c in self._checkpoints)
         result = {
             "experiment": self.experiment,
             "preset": self.config.preset,
@@ -285,15 +489,19 @@ class Workdir:
             "lower_is_better": lower_is_better,
             "beats_floor": beats,
             "published": published,
-            "seconds": round(time.perf_counter() - self._start, 2),
+            "seconds": round(time.perf_counter() - self._start + before, 2),
             "device": _device(),
             "seed": self.config.seed,
             "test_evaluations": test_evaluations,
+            "state_sha256": hash_tree([c.last_state for c in self._checkpoints]),
+            "resumes": sum(c.resumes for c in self._checkpoints),
+            "steps_replayed": sum(c.steps_replayed for c in self._checkpoints),
         }
         if taken := result.keys() & extra.keys():
             raise ValueError(f"write_result: {sorted(taken)} are written already")
         result = _jsonable(result | extra)
-        write_json(self.path / "result.json", result)
+        if self._chief:
+            write_json(self.path / "result.json", result)
         return result
 
 
@@ -325,25 +533,15 @@ def _own_version(name: str) -> str:
     return sys.modules[name].__version__
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that appears whole or not at all."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    half = path.with_name(path.name + ".part")
-    with open(half, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(half, path)
-
-
 def _device() -> str:
     return jax.devices()[0].device_kind
 
 
 def _identity(config: Options) -> dict[str, Any]:
-    """Returns what tells runs apart: all but where it lies."""
+    """Returns what tells runs apart: all but where and how they run."""
+    told = {field.name: field.metadata for field in dataclasses.fields(config)}
     fields = _jsonable(config)
-    return {k: v for k, v in fields.items() if k != "workdir"}
+    return {k: v for k, v in fields.items() if not told[k].get("indifferent")}
 
 
 def _jsonable(value: Any) -> Any:

@@ -11,6 +11,10 @@ from jax.core import Tracer
 from jlstm.types import Array, PyTree
 
 
+class NonFiniteError(FloatingPointError):
+    """A loss, a gradient or a state that is not finite."""
+
+
 @flax.struct.dataclass
 class TrainState:
     """Everything a training step reads and replaces.
@@ -23,6 +27,8 @@ class TrainState:
         uses ``fold_in(key, n)``, so that a resumed run repeats the uninterrupted one.
       carry: what the model hands from one batch to the next in truncated
         backpropagation through time; None where batches are independent.
+      ema: an exponential moving average of the params; None for none.
+      loss_scale: what keeps gradients in the range of float16; None for none.
     """
 
     step: Array
@@ -30,6 +36,24 @@ class TrainState:
     opt_state: PyTree
     key: Array | None = None
     carry: PyTree = None
+    ema: PyTree = None
+    loss_scale: LossScale | None = None
+
+
+@flax.struct.dataclass
+class LossScale:
+    """The factor of the loss in a step whose gradients are float16.
+
+    It is halved by a step that overflows, and doubled after ``growth_steps`` steps in a
+    row that do not.
+
+    Attributes:
+      scale: the factor, float32.
+      good_steps: steps since it last changed, int32.
+    """
+
+    scale: Array
+    good_steps: Array
 
 
 def create_state(
@@ -38,6 +62,8 @@ def create_state(
     *,
     key: Array | None = None,
     carry: PyTree = None,
+    ema: bool = False,
+    loss_scale: float | None = None,
 ) -> TrainState:
     """Makes the state of step 0.
 
@@ -49,12 +75,16 @@ def create_state(
       tx: the optax transformation that will update them.
       key: a typed key (``jax.random.key``), or None to train without randomness.
       carry: the first carry of truncated backpropagation, ``model.init_carry(...)``.
+      ema: whether to keep an average of the params, for
+        ``make_train_step(ema_decay=...)``.
+      loss_scale: the first factor of the loss, such as ``2.0**15``, where gradients are
+        float16; bfloat16 needs none.
 
     Returns:
       The state.
 
     Raises:
-      ValueError: ``key`` is not one typed PRNG key.
+      ValueError: ``key`` is not one typed PRNG key, or ``loss_scale`` not positive.
 
     Example:
       >>> tx = jlstm.train.adamw(1e-3)
@@ -69,7 +99,22 @@ def create_state(
         )
     # A transformation may keep the params themselves in its state, and no buffer can be
     # donated twice; hence the copy of everything, in one go.
-    state = TrainState(jnp.int32(0), params, tx.init(params), key, carry)
+    scale = None
+    if loss_scale is not None:
+        if not loss_scale > 0:
+            raise ValueError(
+                f"create_state: loss_scale must be positive, got {loss_scale}"
+            )
+        scale = LossScale(jnp.float32(loss_scale), jnp.int32(0))
+    state = TrainState(
+        jnp.int32(0),
+        params,
+        tx.init(params),
+        key,
+        carry,
+        ema=params if ema else None,
+        loss_scale=scale,
+    )
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
 

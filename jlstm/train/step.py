@@ -14,7 +14,13 @@ import optax
 from jax.core import Tracer
 
 from jlstm.train.losses import Mean, average
-from jlstm.train.state import TrainState, check_alive, type_name
+from jlstm.train.state import (
+    LossScale,
+    NonFiniteError,
+    TrainState,
+    check_alive,
+    type_name,
+)
 from jlstm.types import Array, PyTree
 
 Metrics = dict[str, Any]  # a Mean or a scalar each
@@ -49,14 +55,35 @@ class LossFn(Protocol):
 
 
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, *, donate: bool = True
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
+    donate: bool = True,
+    debug_nans: bool = False,
 ) -> TrainStep:
-    """Makes ``step(state, batch) -> (state, metrics)``, compiled once a shape.
+    r"""Makes ``step(state, batch) -> (state, metrics)``, compiled once a shape.
 
     Step ``n`` calls ``loss_fn(params, batch, key=fold_in(state.key, n),
     carry=state.carry)``, and ``key=None`` where the state has none. The carry that it
     returns becomes that of the new state; no gradient passes through a carry, in or
     out. The metrics gain ``loss`` and ``grad_norm``, the latter before any clipping.
+
+    A step whose loss, gradient, new params or new carry is not finite changes nothing
+    but the count of steps; its metric ``skipped`` is 1, else 0. :func:`fit` counts
+    these, and raises where they do not end.
+
+    With ``accumulate=k`` the batch is read in ``k`` parts of as many rows, one after
+    another, in the memory of one. With :math:`(S_i, N_i)` the total and the count of
+    the :class:`Mean` of part :math:`i`, the gradient is that of
+    :math:`\sum_i S_i / \sum_i N_i`, as of the whole batch, however padding is spread.
+    A plain scalar, which does not know its weight, is averaged. Part ``i`` has the key
+    ``fold_in(key, i)``.
+
+    With an average of the params, :math:`\bar\theta \leftarrow d \bar\theta + (1 - d)
+    \theta` with :math:`d = \min(\text{ema\_decay}, (1 + n) / (10 + n))` after step
+    :math:`n`, so that it soon forgets where params began.
 
     A state with a key whose loss does not depend on it earns one warning: dropout is
     off, most likely because the key was not passed on to ``apply``.
@@ -64,12 +91,21 @@ def make_train_step(
     Args:
       loss_fn: the loss, see :class:`LossFn`.
       tx: the transformation that ``create_state`` got.
+      accumulate: in how many parts a batch is read.
+      ema_decay: of the average that ``create_state(ema=True)`` keeps.
       donate: whether the new state takes the memory of the old one, which is then gone.
+      debug_nans: finds the operation that first gives NaN or infinity: a step that is
+        not finite is taken again, operation by operation. Every step is waited for, and
+        none is donated.
 
     Returns:
       The step. It raises ``ValueError`` for a loss that is not a scalar, a missing
       :class:`Aux`, a carry of another structure, shape or dtype than the state's, and
-      a state that an earlier step has taken.
+      a state that an earlier step has taken; and, with ``debug_nans``,
+      :class:`NonFiniteError`.
+
+    Raises:
+      ValueError: an option is out of range.
 
     Example:
       >>> train = jlstm.train
@@ -79,34 +115,58 @@ def make_train_step(
       >>> step = train.make_train_step(loss_fn, tx)
       >>> state, metrics = step(train.create_state(jnp.zeros(()), tx), jnp.ones(()))
     """
+    if accumulate < 1:
+        raise ValueError(
+            f"make_train_step: accumulate must be at least 1, got {accumulate}"
+        )
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(
+            f"make_train_step: ema_decay must lie in [0, 1), got {ema_decay}"
+        )
+
+    def gradients(state: TrainState, batch: PyTree) -> tuple[PyTree, Metrics, PyTree]:
+        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+        scale = 1 if state.loss_scale is None else state.loss_scale.scale
+        parts = _Parts(loss_fn, state.params, scale, accumulate)
+        return parts(batch, key, jax.lax.stop_gradient(state.carry))
 
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
-        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
-        carry = jax.lax.stop_gradient(state.carry)
+        grads, metrics, new_carry = gradients(state, batch)
+        _check_carry(new_carry, state.carry)
+        loss = metrics["loss"]
+        loss = loss.value if isinstance(loss, Mean) else loss
 
-        def objective(params: PyTree) -> tuple[Array, tuple[Metrics, PyTree]]:
-            loss, metrics, new_carry = _call(loss_fn, params, batch, key, carry)
-            return loss, (metrics, jax.lax.stop_gradient(new_carry))
+        def take(grads: PyTree, old: dict[str, PyTree]) -> dict[str, PyTree]:
+            params = old["params"]
+            updates, opt_state = tx.update(grads, old["opt_state"], params)
+            params = optax.apply_updates(params, updates)
+            ema = _average(old["ema"], params, state.step, ema_decay)
+            return {
+                "params": params, "opt_state": opt_state, "carry": new_carry, "ema": ema
+            }  # fmt: skip
 
-        grad_fn = jax.value_and_grad(objective, has_aux=True)
-        (_, (metrics, new_carry)), grads = grad_fn(state.params)
-        _check_carry(new_carry, carry)
         # Strict promotion, where a user wants it, is for their code: optax's Adam
         # raises a float to an integer power.
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            grad_norm = optax.tree.norm(grads)
-        new_state = dataclasses.replace(
+            grad_norm = optax.tree.norm(jax.tree.map(_wide, grads))
+            finite = jnp.isfinite(loss + grad_norm + _zero(new_carry))
+            old = {
+                name: getattr(state, name)
+                for name in ("params", "opt_state", "carry", "ema")
+            }
+            # A select in its place would cost a twentieth of the step.
+            new = jax.lax.cond(finite, take, lambda grads, old: old, grads, old)
+        new = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            carry=new_carry,
+            loss_scale=_rescale(state.loss_scale, finite),
+            **new,
         )
-        return new_state, {**metrics, "grad_norm": grad_norm}
+        skipped = 1 - finite.astype(jnp.int32)
+        return new, {**metrics, "grad_norm": grad_norm, "skipped": skipped}
 
-    compile = partial(jax.jit, train_step, donate_argnums=(0,) if donate else ())
+    donated = donate and not debug_nans
+    compile = partial(jax.jit, train_step, donate_argnums=(0,) if donated else ())
     compiled = inner = compile()
     if getattr(jax.config, "jax_num_cpu_devices", 1) > 1:
         compiled = compile(compiler_options=_SUMS_APART)
@@ -115,8 +175,10 @@ def make_train_step(
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         nonlocal checked
         check_alive("train_step", state.step)
-        if not checked and state.key is not None:
-            _warn_if_key_is_unused(inner.trace(state, batch).jaxpr, state, batch)
+        if not checked:
+            _check_options(state, ema_decay)
+            if state.key is not None:
+                _warn_if_key_is_unused(inner.trace(state, batch).jaxpr, state, batch)
         checked = True
         if compiled is not inner:
             # A jit inside another, where all that is made is traced, takes no options;
@@ -124,9 +186,153 @@ def make_train_step(
             leaves = jax.tree.leaves((state, batch, jnp.zeros(())))
             if any(isinstance(leaf, Tracer) for leaf in leaves):
                 return inner(state, batch)
-        return compiled(state, batch)
+        new, metrics = compiled(state, batch)
+        if debug_nans and metrics["skipped"]:
+            _find_nans(gradients, state, batch)
+        return new, metrics
 
     return step
+
+
+class _Parts:
+    """Gradients, metrics and the new carry of a batch that is read in parts."""
+
+    def __init__(
+        self, loss_fn: LossFn, params: PyTree, scale: Array | int, parts: int
+    ) -> None:
+        self._loss_fn, self._params = loss_fn, params
+        self._scale, self._parts = scale, parts
+
+    def __call__(
+        self, batch: PyTree, key: Array | None, carry: PyTree
+    ) -> tuple[PyTree, Metrics, PyTree]:
+        if self._parts == 1:
+            grads, (metrics, carry) = self._gradients(self._value, batch, key, carry)
+            return grads, metrics, carry
+        cut = jax.tree.map(self._cut, (batch, carry))
+        key_of = partial(jax.random.fold_in, key) if key is not None else lambda i: None
+
+        def add(sums: PyTree, part: PyTree) -> tuple[PyTree, PyTree]:
+            index, (batch, carry) = part
+            made = self._gradients(self._total, batch, key_of(index), carry)
+            grads, (metrics, carry) = made
+            return jax.tree.map(jnp.add, sums, (grads, metrics)), carry
+
+        first = jax.tree.map(lambda x: x[0], cut)
+        shapes = jax.eval_shape(
+            partial(self._gradients, self._total), first[0], key, first[1]
+        )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        start = (zeros[0], zeros[1][0])
+        parts = (jnp.arange(self._parts), cut)
+        (grads, metrics), carry = jax.lax.scan(add, start, parts)
+        carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
+        metrics = {
+            name: metric if isinstance(metric, Mean) else metric / self._parts
+            for name, metric in metrics.items()
+        }
+        weight = _count(metrics) if isinstance(metrics["loss"], Mean) else self._parts
+        weight = jnp.maximum(weight, 1)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        return grads, metrics, carry
+
+    def _cut(self, leaf: Array) -> Array:
+        if not jnp.ndim(leaf) or leaf.shape[0] % self._parts:
+            raise ValueError(
+                f"train_step: accumulate={self._parts} needs batches, and carries, "
+                f"whose rows it divides, got {type_name(leaf)}"
+            )
+        return jnp.reshape(leaf, (self._parts, -1, *leaf.shape[1:]))
+
+    def _gradients(
+        self, objective: Callable, batch: PyTree, key: Array | None, carry: PyTree
+    ) -> tuple[PyTree, tuple[Metrics, PyTree]]:
+        def scaled(params: PyTree) -> tuple[Array, tuple[Metrics, PyTree]]:
+            loss, metrics, new_carry = _call(self._loss_fn, params, batch, key, carry)
+            value = objective(loss, metrics["loss"])
+            if not isinstance(self._scale, int):
+                value = value.astype(jnp.float32) * self._scale
+            return value, (metrics, jax.lax.stop_gradient(new_carry))
+
+        grads, aux = jax.grad(scaled, has_aux=True)(self._params)
+        if not isinstance(self._scale, int):
+            wide = jax.tree.map(lambda g: g.astype(jnp.float32) / self._scale, grads)
+            grads = jax.tree.map(lambda w, g: w.astype(g.dtype), wide, grads)
+        return grads, aux
+
+    @staticmethod
+    def _value(loss: Array, metric: Any) -> Array:
+        del metric
+        return loss
+
+    @staticmethod
+    def _total(loss: Array, metric: Any) -> Array:
+        return jnp.asarray(metric.total) if isinstance(metric, Mean) else loss
+
+
+def _count(metrics: Metrics) -> Array:
+    loss = metrics["loss"]
+    return jnp.asarray(loss.count if isinstance(loss, Mean) else 1)
+
+
+def _average(ema: PyTree, params: PyTree, step: Array, decay: float | None) -> PyTree:
+    if decay is None or ema is None:
+        return ema
+    n = step.astype(jnp.float32)
+    rate = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
+    return jax.tree.map(
+        lambda old, new: (old + rate * (new - old)).astype(old.dtype), ema, params
+    )
+
+
+def _wide(leaf: Array) -> Array:
+    """Squares of float16 would be lost."""
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _zero(tree: PyTree) -> Array:
+    """Returns 0, or NaN where a number of the tree is not finite."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return sum((jnp.sum(0 * _wide(x)) for x in floats), jnp.float32(0))
+
+
+# So many steps in a row that do not overflow double the factor of the loss.
+_GROWTH_STEPS = 2000
+_LARGEST_SCALE = 2.0**24
+
+
+def _rescale(scale: LossScale | None, finite: Array) -> LossScale | None:
+    if scale is None:
+        return None
+    good = jnp.where(finite, scale.good_steps + 1, 0)
+    grown = good >= _GROWTH_STEPS
+    after = jnp.where(grown, jnp.minimum(2 * scale.scale, _LARGEST_SCALE), scale.scale)
+    after = jnp.where(finite, after, jnp.maximum(scale.scale / 2, 1))
+    return LossScale(after, jnp.where(grown, 0, good))
+
+
+def _check_options(state: TrainState, ema_decay: float | None) -> None:
+    if (state.ema is None) != (ema_decay is None):
+        raise ValueError(
+            "train_step: an average of the params takes both create_state(ema=True) "
+            "and make_train_step(ema_decay=...)"
+        )
+
+
+def _find_nans(gradients: Callable, state: TrainState, batch: PyTree) -> None:
+    """Takes a step again, one operation at a time, up to one that is not finite."""
+    where = f"train_step: step {int(state.step) + 1}"
+    # Infinity may be meant, as in a mask of logits: it is looked for only then.
+    for looking in (jax.debug_nans, jax.debug_infs):
+        try:
+            with jax.disable_jit(), looking(True):
+                jax.block_until_ready(gradients(state, batch)[0])
+        except FloatingPointError as error:
+            raise NonFiniteError(f"{where} is not finite: {error}") from error
+    raise NonFiniteError(
+        f"{where} is not finite, but each operation of its loss and gradient is when "
+        "taken alone: the update overflows, or numbers come in that are not finite"
+    )
 
 
 def make_eval_step(loss_fn: LossFn) -> EvalStep:

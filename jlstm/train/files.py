@@ -1,0 +1,176 @@
+"""Files that are whole or not there, and folders of which every byte is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+MANIFEST = "manifest.json"
+
+
+class Damaged(ValueError):
+    """A folder whose files are not those that were written."""
+
+
+class InUse(ValueError):
+    """A folder that another process works in."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that appears whole or not at all."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    half = path.with_name(path.name + ".part")
+    with open(half, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(half, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # where folders cannot be opened
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def begin(folder: Path) -> Path:
+    """Makes an empty folder beside one that is to be, and returns it.
+
+    Raises:
+      FileNotFoundError: the folder around it is gone.
+    """
+    half = part_of(folder)
+    if half.exists():
+        shutil.rmtree(half)
+    half.mkdir()
+    return half
+
+
+def part_of(folder: Path) -> Path:
+    """Names the folder in which another one is made."""
+    return folder.with_name(folder.name + ".part")
+
+
+def former_of(folder: Path) -> Path:
+    """Names the folder that one which is being replaced is moved to."""
+    return folder.with_name(folder.name + ".former")
+
+
+def seal(half: Path, folder: Path) -> None:
+    """Gives a finished folder its manifest and its name, once all is on the disk."""
+    hashes, folders = {}, [half]
+    for path in sorted(half.rglob("*")):
+        if path.is_dir():
+            folders.append(path)
+        else:
+            hashes[path.relative_to(half).as_posix()] = sha256(path)
+            sync(path)
+    write_json(half / MANIFEST, {"sha256": hashes})
+    for path in reversed(folders):
+        sync(path)
+    if folder.exists():
+        former = former_of(folder)
+        shutil.rmtree(former, ignore_errors=True)
+        os.rename(folder, former)
+        os.rename(half, folder)
+        sync(folder.parent)
+        shutil.rmtree(former)
+    else:
+        os.rename(half, folder)
+    sync(folder.parent)
+
+
+def verify(folder: Path) -> None:
+    """Compares every file of a folder with its manifest.
+
+    Raises:
+      Damaged: one is missing, or has other bytes.
+    """
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        expected = dict(json.loads(text)["sha256"].items())
+    except FileNotFoundError:
+        raise Damaged(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(f"{MANIFEST} cannot be read") from None
+    if not expected or not text.endswith(b"}\n"):
+        raise Damaged(f"{MANIFEST} is not whole")
+    for name, digest in expected.items():
+        try:
+            found = sha256(folder / name)
+        except (OSError, ValueError):
+            raise Damaged(f"{name} is missing, or cannot be read") from None
+        if found != digest:
+            raise Damaged(f"{name} has other bytes than were written")
+
+
+def sha256(path: Path) -> str:
+    """Hashes a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Lock:
+    """Keeps other processes out of a folder until it is released, or this one ends.
+
+    The operating system gives the lock back with the process, however that ends. Within
+    a process the last one that asked has it.
+    """
+
+    _held: ClassVar[dict[Path, IO[str]]] = {}
+
+    def __init__(self, folder: Path, where: str) -> None:
+        """Takes the lock.
+
+        Raises:
+          InUse: another process has it.
+        """
+        self._path = folder.resolve() / "lock"
+        if self._path in self._held:
+            self._file = self._held[self._path]
+            return
+        file = open(self._path, "a+")  # noqa: SIM115
+        try:
+            _lock(file)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise InUse(
+                f"{where}: another run, of process {owner}, is at work in {folder}; "
+                "wait for its end, or choose another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        self._file = self._held[self._path] = file
+
+    def release(self) -> None:
+        """Gives the lock back."""
+        if self._held.get(self._path) is self._file:
+            del self._held[self._path]
+        self._file.close()
+
+
+def _lock(file: IO[str]) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        # A byte beyond what is written there, so that the owner can be read.
+        file.seek(1 << 20)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        file.seek(0)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,126 @@
+"""SIGTERM and SIGINT: the first asks a run to save and end, the second ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(SystemExit):
+    """A run that was asked to end, and has saved.
+
+    Uncaught it ends the process with the code that the shell gives for the signal: 143
+    for SIGTERM, 130 for SIGINT.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        """Keeps the exit code for a signal."""
+        super().__init__(128 + number)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Cut(BaseException):
+    """Ends what may be cut short; never leaves :func:`jlstm.train.fit`."""
+
+
+class Signals:
+    """Listens for a request to end while it is entered, in the main thread alone.
+
+    Attributes:
+      received: the number of the signal; None while there is none.
+      doing: what is under way, which the answer to a signal names.
+    """
+
+    def __init__(self, *, listen: bool) -> None:
+        self.received: int | None = None
+        self.doing = "starting"
+        self._doing_then: str | None = None
+        self._listen = listen and threading.current_thread() is threading.main_thread()
+        self._may_cut = False
+        self._old: dict[int, Any] = {}
+        self._old_fd = -1
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
+        self._count = 0
+
+    def __enter__(self) -> Signals:
+        if self._listen:
+            # Python runs handlers between its own instructions only. A compilation is
+            # one of them: meanwhile a thread answers, which is woken in C.
+            self._sockets = socket.socketpair()
+            for end in self._sockets:
+                end.setblocking(False)
+            self._sockets[0].setblocking(True)
+            self._old_fd = signal.set_wakeup_fd(
+                self._sockets[1].fileno(), warn_on_full_buffer=False
+            )
+            self._old = {n: signal.signal(n, self._handle) for n in SIGNALS}
+            threading.Thread(
+                target=self._answer, args=(self._sockets[0],), daemon=True
+            ).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._listen and self._sockets is not None:
+            for number, old in self._old.items():
+                signal.signal(number, old)
+            signal.set_wakeup_fd(self._old_fd)
+            for end in self._sockets:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+
+    def _answer(self, end: socket.socket) -> None:
+        while True:
+            try:
+                data = end.recv(1)
+            except OSError:
+                return
+            if not data:
+                return
+            if data[0] not in SIGNALS:
+                continue
+            self._count += 1
+            name = signal.Signals(data[0]).name
+            if self._count > 1:
+                print(
+                    f"{name} again: ended without saving", file=sys.stderr, flush=True
+                )
+                os._exit(128 + data[0])
+            print(
+                f"{name}, {self._doing_then or self.doing}: the run will save and end; "
+                "a second signal ends it at once",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.received is None:
+            self.received, self._doing_then = number, self.doing
+            self._cut()
+
+    def _cut(self) -> None:
+        if self._may_cut and self.received is not None:
+            self._may_cut = False
+            raise Cut
+
+    @contextlib.contextmanager
+    def cutting(self, doing: str) -> Iterator[None]:
+        """Lets a signal cut short what is done inside, by raising :class:`Cut`."""
+        self.doing = doing
+        self._may_cut = True
+        try:
+            self._cut()
+            yield
+        finally:
+            self._may_cut = False
