@@ -28,6 +28,8 @@ class Config(train.Options):
     """Of the LSTM."""
     batch_size: int = 4
     """Lanes."""
+    dropout: float = 0.3
+    """Of the LSTM's outputs."""
     learning_rate: float = 1e-2
     """Of AdamW."""
     symbols: int = 2_000
@@ -55,7 +57,9 @@ def main(config: Config) -> dict[str, Any]:
     if workdir.result is not None:
         return workdir.result
     stream = np.random.default_rng(config.seed).integers(0, 7, config.symbols)
-    layer = jlstm.stack(jlstm.RNN(jlstm.LSTM(config.hidden_size)), jlstm.Dropout(0.3))
+    layer = jlstm.stack(
+        jlstm.RNN(jlstm.LSTM(config.hidden_size)), jlstm.Dropout(config.dropout)
+    )
     model = jlstm.LanguageModel(layer, 7, 5)
     params = model.init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))
 
@@ -89,7 +93,7 @@ def main(config: Config) -> dict[str, Any]:
     state = train.create_state(
         params,
         tx,
-        key=jax.random.key(1),
+        key=jax.random.key(1) if config.dropout else None,
         carry=model.init_carry(params, (config.batch_size,)),
         ema=True,
     )

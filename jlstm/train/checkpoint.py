@@ -31,6 +31,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jlstm.train.files import (
     Damaged,
@@ -629,14 +630,32 @@ def _metadata(folder: Path) -> dict[str, Any]:
 def _read(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     targets = {name: _place(leaf) for name, leaf in expected.items()}
     loaded: Any = _orbax().load(str(folder / ARRAYS), targets)
-    return {name: loaded[name] for name in expected}
+    return {name: _free(loaded[name], leaf) for name, leaf in expected.items()}
+
+
+def _free(loaded: jax.Array, like: Any) -> jax.Array:
+    """Leaves an array free to move to other devices where that it stands for is."""
+    if not isinstance(like, jax.Array) or like.committed or jax.process_count() > 1:
+        return loaded
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        data = np.asarray(jax.random.key_data(loaded))
+        return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(like))
+    return jnp.array(np.asarray(loaded), copy=True)
 
 
 def _place(leaf: Any) -> Any:
-    """Gives a leaf without sharding the first device, not the one it was saved from."""
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and leaf.sharding is not None:
+    """Gives a leaf without sharding the first device, not the one it was saved from.
+
+    Of several processes each gets the whole of what only it would have.
+    """
+    sharding = getattr(leaf, "sharding", None)
+    if jax.process_count() > 1 and (sharding is None or sharding.is_fully_addressable):
+        mesh = jax.make_mesh((jax.device_count(),), ("all",), (AxisType.Auto,))
+        sharding = NamedSharding(mesh, PartitionSpec())
+    elif sharding is not None:
         return leaf
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    else:
+        sharding = SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
