@@ -1,4 +1,4 @@
-"""``python -m jlstm``: ``bench`` times it, ``info`` says what is installed."""
+"""``python -m jlstm``: ``bench`` times it, ``doctor`` and ``info`` look around."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 USAGE = """usage: python -m jlstm COMMAND
 
   bench   times jlstm beside other libraries; bench --help lists the options
+  doctor  tries whether all is fit for long work here; --dir names a folder to try
   info    prints versions, devices, the processor and the libraries to compare with"""
 
 
@@ -17,13 +18,18 @@ def main(argv: list[str]) -> None:
             from jlstm.bench.run import main as bench
 
             bench(rest)
+        case ["doctor", *rest]:
+            from jlstm.doctor import main as doctor
+
+            doctor(rest)
         case ["info"]:
             print(info())
         case [] | ["-h" | "--help"]:
             print(USAGE)
         case _:
             print(
-                f"error: the command must be bench or info, got {' '.join(argv)!r}",
+                "error: the command must be bench, doctor or info, "
+                f"got {' '.join(argv)!r}",
                 file=sys.stderr,
             )
             sys.exit(2)

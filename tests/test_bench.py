@@ -166,6 +166,6 @@ def test_commands_are_listed_and_an_unknown_one_is_refused(capsys):
     assert "bench" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["speed"])
-    assert "must be bench or info, got 'speed'" in capsys.readouterr().err
+    assert "must be bench, doctor or info, got 'speed'" in capsys.readouterr().err
     main(["info"])
     assert "bench compares with:" in capsys.readouterr().out

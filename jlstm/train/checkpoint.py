@@ -639,7 +639,9 @@ def _free(loaded: jax.Array, like: Any) -> jax.Array:
         return loaded
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         data = np.asarray(jax.random.key_data(loaded))
-        return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(like))
+        return jax.random.wrap_key_data(
+            jnp.asarray(data), impl=jax.random.key_impl(like)
+        )
     return jnp.array(np.asarray(loaded), copy=True)
 
 
