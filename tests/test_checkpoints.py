@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jlstm import data, train
 from jlstm.train.files import InUse
@@ -472,6 +474,28 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     assert checkpoints.steps() == [4]
 
 
+def test_an_infinite_gradient_is_skipped_and_no_loss_is_none():
+    def loss(params, batch, *, key, carry):
+        root = jnp.sqrt(params["w"] * batch["x"])
+        return train.squared_error(root, 0 * root, mask=batch["valid"]), train.Aux({})
+
+    tx = train.sgd(0.1)
+    step = train.make_train_step(loss, tx, donate=False)
+    state = train.create_state({"w": jnp.ones(3)}, tx)
+    everything, nothing = jnp.ones(3, bool), jnp.zeros(3, bool)
+    x = jnp.array([1.0, 0.0, 2.0])
+    after, metrics = step(state, {"x": x, "valid": everything})
+    assert np.isfinite(metrics["loss"].value)
+    assert not np.isfinite(metrics["grad_norm"])
+    assert int(metrics["skipped"]) == 1
+    np.testing.assert_array_equal(after.params["w"], 1.0)
+    # Where all is masked there is nothing to learn, and nothing that is not finite.
+    after, metrics = step(state, {"x": x + 1, "valid": nothing})
+    assert int(metrics["skipped"]) == 0
+    assert float(metrics["grad_norm"]) == 0
+    np.testing.assert_array_equal(after.params["w"], 1.0)
+
+
 def test_debug_nans_names_the_operation():
     step = train.make_train_step(loss_fn, TX, ema_decay=0.9, debug_nans=True)
     state = make_state()
@@ -549,3 +573,34 @@ def test_the_average_of_params_is_what_it_says():
     step = train.make_train_step(loss_fn, TX)
     with pytest.raises(ValueError, match=r"takes both create_state\(ema=True\)"):
         step(make_state(), make_batches()[0])
+
+
+# Meshes.
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_sharded_run_goes_on_to_the_same_bits(tmp_path, kind):
+    mesh = jax.make_mesh((2,), ("data",), (kind,))
+    rows, everywhere = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
+
+    def loss(params, batch, *, key, carry):
+        del key
+        error = batch["x"] @ params["w"] + carry
+        return train.squared_error(error, 0 * error), train.Aux({}, carry + 0.1 * error)
+
+    def go(folder, num_steps):
+        state = jax.device_put(train.create_state({"w": jnp.ones(3)}, TX), everywhere)
+        carry = jax.device_put(jnp.zeros(4), rows)
+        return train.fit(
+            dataclasses.replace(state, carry=carry),
+            train.make_train_step(loss, TX),
+            Cursed(make_batches(), lambda _, batch: jax.device_put(batch, rows)),
+            num_steps=num_steps,
+            checkpoints=train.Checkpoints(folder),
+        ).state
+
+    with jax.set_mesh(mesh):
+        go(tmp_path / "run", 3)
+        resumed, whole = go(tmp_path / "run", 6), go(tmp_path / "whole", 6)
+    assert train.hash_tree(resumed) == train.hash_tree(whole)
+    assert resumed.carry.sharding == whole.carry.sharding
