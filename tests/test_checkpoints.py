@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -122,10 +123,14 @@ class Counter:
         self.sum += report.state.params["w"]
 
     def get_state(self):
-        return {"calls": self.calls, "nested": [{"sum": self.sum}]}
+        nested = [{"sum": self.sum, "odd": (math.nan, -math.inf, b"\x00\xff", None)}]
+        return {"calls": self.calls, "nested": nested}
 
     def set_state(self, state, report):
         self.calls, self.sum = state["calls"], state["nested"][0]["sum"]
+        nan, *others = state["nested"][0]["odd"]
+        assert math.isnan(nan)
+        assert others == [-math.inf, b"\x00\xff", None]
 
 
 def lines_of(folder):
@@ -217,7 +222,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert train.hash_tree(best) == train.hash_tree(stopped.state)
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {
-        "best.json", "lock", "steps_begun", "step_000000006", "step_000000024",
+        "lock", "steps_begun", "step_000000006", "step_000000024",
         "step_000000025",
     }  # fmt: skip
 
@@ -381,6 +386,15 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
     report, _ = run(tmp_path / "run", num_steps=6)
     assert report.step == 6
     assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_half_a_replacement_is_undone(tmp_path):
+    run(tmp_path / "run", num_steps=4)
+    folder = tmp_path / "run" / "step_000000004"
+    folder.rename(folder.with_suffix(".former"))
+    report, checkpoints = run(tmp_path / "run", num_steps=6)
+    assert report.step == 6
+    assert checkpoints.resumes == 1
 
 
 def test_a_folder_that_is_gone_ends_the_run(tmp_path):

@@ -7,7 +7,6 @@ A folder of a run's checkpoints::
         arrays/        the training state, as Orbax writes it
         run.json       the rest: data position, hooks, metrics, fingerprints
         manifest.json  SHA-256 of each file above
-      best.json        which step is kept for its metric
       resumes.json     how often the run was resumed, and what it cost
 
 A checkpoint is made in a folder ``NAME.part``, which gets its name when all is on the
@@ -253,8 +252,7 @@ class Checkpoints:
         if chief:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.folder, "Checkpoints")
-            for half in self.folder.glob("*.part"):
-                shutil.rmtree(half) if half.is_dir() else half.unlink()
+            self._clean()
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._saved_at = time.monotonic()
         # The first process looks for the newest that is whole, and tells the others.
@@ -276,6 +274,14 @@ class Checkpoints:
         if chief:
             self._count(step)
         return restored
+
+    def _clean(self) -> None:
+        """Removes what a killed process left half done, and undoes half a change."""
+        for former in self.folder.glob("*.former"):
+            name = former.with_suffix("")
+            shutil.rmtree(former) if name.exists() else os.rename(former, name)
+        for half in self.folder.glob("*.part"):
+            shutil.rmtree(half) if half.is_dir() else half.unlink()
 
     def _choose(self, state: PyTree) -> int:
         steps = self.steps()
@@ -336,9 +342,8 @@ class Checkpoints:
         own = {name: x for name, x in arrays.items() if name.startswith("state/")}
         record = _join(record, arrays)
         self.restored_seconds = record.get("seconds", 0.0)
-        best = self.folder / "best.json"
-        if self.best is not None and best.exists():
-            self._best = json.loads(best.read_bytes())
+        if self.best is not None and record["best"].get("metric") == self.best:
+            self._best = record["best"]
         return Restored(step, _rebuild(state, own), record)
 
     def _count(self, step: int) -> None:
@@ -413,7 +418,8 @@ class Checkpoints:
         if best is not None:
             self._best = {"metric": self.best, "value": best, "step": step}
         arrays = _prefixed(copy)
-        written = _split({**record, "identity": self._identity, "step": step}, arrays)
+        own = {"identity": self._identity, "step": step, "best": self._best}
+        written = _split({**record, **own}, arrays)
         self._saved_at, self.saved_step = time.monotonic(), step
         folder = self._folder(step)
         try:
@@ -424,7 +430,7 @@ class Checkpoints:
             raise self._failed(step, error) from error
         assert self._thread is not None
         self._saving = self._thread.submit(
-            self._finish, writing, half, folder, step, written, dict(self._best)
+            self._finish, writing, half, folder, step, written
         )
 
     def _finish(
@@ -434,16 +440,13 @@ class Checkpoints:
         folder: Path,
         step: int,
         record: dict[str, Any],
-        best: dict[str, Any],
     ) -> None:
         try:
             writing.result()
             if jax.process_index() == 0:
                 write_json(half / RUN, record)
                 seal(half, folder)
-                if best:
-                    write_json(self.folder / "best.json", best)
-                self._prune(best.get("step"))
+                self._prune(record["best"].get("step"))
         except Exception as error:
             raise self._failed(step, error) from error
 
@@ -690,20 +693,22 @@ def _split(value: Any, arrays: dict[str, Any]) -> Any:
     if isinstance(value, jax.Array | np.ndarray):
         name = f"other/{len(arrays)}"
         arrays[name] = jnp.array(value, copy=True)
-        return {"array": name}
+        return {"__array__": name}
     if isinstance(value, Mapping):
         return {str(key): _split(item, arrays) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_split(item, arrays) for item in value]
     return _plain(value)
 
 
 def _join(value: Any, arrays: Mapping[str, Any]) -> Any:
     if isinstance(value, dict):
-        if set(value) == {"array"} and value["array"] in arrays:
-            return arrays[value["array"]]
-        if set(value) == {"float"}:
-            return float(value["float"])
+        if set(value) == {"__array__"}:
+            return arrays[value["__array__"]]
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        if set(value) == {"__bytes__"}:
+            return bytes.fromhex(value["__bytes__"])
         return {key: _join(item, arrays) for key, item in value.items()}
     if isinstance(value, list):
         return [_join(item, arrays) for item in value]
@@ -719,7 +724,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
-        return {"float": repr(value)}
+        return {"__float__": repr(value)}
+    if isinstance(value, bytes):
+        return {"__bytes__": value.hex()}
     if value is None or isinstance(value, str | int | float):
         return value
     raise ValueError(
