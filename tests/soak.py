@@ -41,7 +41,7 @@ def main() -> int:
         workdir = Path(folder) / "run"
         command = [
             sys.executable, str(SCRIPT), "--workdir", str(workdir), "--num-steps",
-            "10000000", "--checkpoint-every", "250", "--slow-data", "0.02",
+            "10000000", "--checkpoint-every", "250", "--slow-data", "0.5",
             "--log-every", "50",
         ]  # fmt: skip
         path = str(SCRIPT.parent.parent)
@@ -66,6 +66,12 @@ def main() -> int:
     half = samples[len(samples) // 2 :]
     first, second = half[: len(half) // 2], half[len(half) // 2 :]
     before, after = (statistics.median(m for m, _ in part) for part in (first, second))
+    tenth = max(len(samples) // 10, 1)
+    course = [
+        statistics.median(m for m, _ in samples[i : i + tenth])
+        for i in range(0, len(samples), tenth)
+    ]
+    print("MiB over time:", " ".join(f"{m:.1f}" for m in course))
     most = [max(files for _, files in part) for part in (first, second)]
     print(
         f"{steps:,} steps, {steps // 250} checkpoints, {len(lines):,} lines of metrics "

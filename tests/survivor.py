@@ -116,7 +116,7 @@ def main(config: Config) -> dict[str, Any]:
         hooks=[
             score,
             train.keep_best("validation_loss"),
-            train.early_stopping("validation_loss", patience=1000),
+            train.early_stopping("validation_loss", patience=10**9),
             *workdir.watchers(unit="symbols"),
         ],
         log_every=config.log_every,

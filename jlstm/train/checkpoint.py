@@ -269,6 +269,8 @@ class Checkpoints:
             raise ValueError(f"Checkpoints: process 0 cannot go on from {self.folder}")
         restored = None
         if step >= 0:
+            if chief:
+                _say(f"going on from step {step}, in {self._folder(step)}")
             restored = self._restore(step, state)
         self.saved_step = max(step, int(jax.tree.leaves(state)[0]) if step < 0 else 0)
         if chief:
@@ -305,8 +307,6 @@ class Checkpoints:
                 continue
             self._check_identity(folder, record["identity"])
             _check(folder, _metadata(folder), _prefixed(state), part="state/")
-            if problems:
-                _say(f"going on from {folder.name} instead")
             return step
         if problems:
             raise ValueError(

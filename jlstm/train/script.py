@@ -267,7 +267,7 @@ def describe(config: Any, params: PyTree = None) -> str:
       >>> print(text.splitlines()[-1])
       parameters: 6
     """
-    fields = ", ".join(f"{k}={v!r}" for k, v in _jsonable(config).items())
+    fields = ", ".join(f"{k}={v!r}" for k, v in _fields(config).items())
     lines = [f"config: {fields}", f"device: {_device()}"]
     if params is not None:
         lines.append(f"parameters: {sum(x.size for x in jax.tree.leaves(params)):,}")
@@ -540,15 +540,20 @@ def _device() -> str:
 def _identity(config: Options) -> dict[str, Any]:
     """Returns what tells runs apart: all but where and how they run."""
     told = {field.name: field.metadata for field in dataclasses.fields(config)}
-    fields = _jsonable(config)
+    fields = _fields(config)
     return {k: v for k, v in fields.items() if not told[k].get("indifferent")}
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    fields = dataclasses.fields(config)
+    return {field.name: _jsonable(getattr(config, field.name)) for field in fields}
 
 
 def _jsonable(value: Any) -> Any:
     """Writes a value in JSON's types; what they cannot express, by its name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return {field.name: _jsonable(getattr(value, field.name)) for field in fields}
+        # By its name too: two choices may have the same fields.
+        return {"type": type(value).__name__, **_fields(value)}
     if isinstance(value, Mapping):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
