@@ -47,6 +47,7 @@ OPTIONAL_PACKAGES = (
     "matplotlib",
     "orbax",
     "rich",
+    "safetensors",
     "tensorstore",
     "torch",
     "tyro",

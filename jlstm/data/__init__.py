@@ -7,6 +7,7 @@ resumes where it stopped.
 """
 
 from jlstm.data.buckets import bucketed
+from jlstm.data.download import extract, fetch
 from jlstm.data.floors import (
     majority,
     majority_by_symbol,
@@ -33,6 +34,8 @@ __all__ = [
     "batches",
     "bucket_lengths",
     "bucketed",
+    "extract",
+    "fetch",
     "lanes",
     "majority",
     "majority_by_symbol",

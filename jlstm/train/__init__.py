@@ -4,7 +4,8 @@ A loss function ``loss_fn(params, batch, *, key, carry) -> (loss, Aux)`` becomes
 compiled step, :func:`fit` runs it, and hooks do everything else.
 """
 
-from jlstm.train.checkpoint import Checkpoints, load, save
+from jlstm.train.checkpoint import load, save
+from jlstm.train.checkpoints import Checkpoints
 from jlstm.train.files import Damaged, InUse
 from jlstm.train.fingerprint import fingerprint, hash_tree
 from jlstm.train.hooks import (
@@ -60,6 +61,7 @@ from jlstm.train.step import (
     make_eval_step,
     make_train_step,
 )
+from jlstm.train.weights import load_weights, save_weights
 
 __all__ = [
     "Aux",
@@ -103,6 +105,7 @@ __all__ = [
     "indifferent",
     "keep_best",
     "load",
+    "load_weights",
     "make_eval_step",
     "make_schedule",
     "make_train_step",
@@ -111,6 +114,7 @@ __all__ = [
     "read_jsonl",
     "run",
     "save",
+    "save_weights",
     "sgd",
     "show_progress",
     "sigmoid_cross_entropy",

@@ -1,53 +1,22 @@
-"""Checkpoints: arrays by Orbax, in folders that are whole, and whose bytes are known.
-
-A folder of a run's checkpoints::
-
-    checkpoints/
-      step_000001200/
-        arrays/        the training state, as Orbax writes it
-        run.json       the rest: data position, hooks, metrics, fingerprints
-        manifest.json  SHA-256 of each file above
-      resumes.json     how often the run was resumed, and what it cost
-
-A checkpoint is made in a folder ``NAME.part``, which gets its name when all is on the
-disk; what a killed process left of one is removed by the next.
-"""
+"""Pytrees of arrays on disk, by Orbax: whole, and with the bytes that were written."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import mmap
 import os
-import shutil
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jlstm.train.files import (
-    Damaged,
-    Lock,
-    begin,
-    former_of,
-    seal,
-    verify,
-    write_json,
-)
-from jlstm.train.fingerprint import difference
-from jlstm.train.state import NonFiniteError, type_name
+from jlstm.train.files import Damaged, begin, former_of, seal, verify
+from jlstm.train.state import type_name
 from jlstm.types import PyTree
 
-Resume = Literal["auto", "never", "must"]
 ARRAYS = "arrays"
-RUN = "run.json"
 
 
 def save(
@@ -79,15 +48,15 @@ def save(
         raise FileExistsError(
             f"save: {folder} exists; choose another path, or give overwrite=True"
         )
-    leaves = _leaves(tree)
+    leaves = name_leaves(tree)
     if not leaves:
         raise ValueError("save: the tree has no leaves, nothing to save")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    half = _begin(folder)
-    _orbax().save(str(half / ARRAYS), leaves)
+    half = begin_together(folder)
+    orbax().save(str(half / ARRAYS), leaves)
     if jax.process_index() == 0:
         seal(half, folder)
-    _barrier("jlstm_save")
+    barrier("jlstm_save")
 
 
 def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
@@ -118,458 +87,39 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
         raise FileNotFoundError(f"load: there is no checkpoint at {folder}")
     try:
         verify(folder)
-        saved = _metadata(folder)
+        saved = read_types(folder)
     except Damaged as damage:
         raise Damaged(f"load: {folder} is no whole checkpoint: {damage}") from None
-    expected = _leaves(like)
-    _check(folder, saved, expected)
-    return _rebuild(like, _read(folder, expected))
+    expected = name_leaves(like)
+    check_types(folder, saved, expected)
+    return rebuild(like, read_arrays(folder, expected))
 
 
-@dataclasses.dataclass
-class Restored:
-    """What a checkpoint held.
-
-    Attributes:
-      step: its step.
-      state: the training state.
-      record: the rest, as :meth:`Checkpoints.save` got it.
-    """
-
-    step: int
-    state: PyTree
-    record: dict[str, Any]
-
-
-@dataclasses.dataclass
-class Checkpoints:
-    """The checkpoints of one run, for :func:`jlstm.train.fit`.
-
-    They hold the whole truth of a run: params, optimiser state, step, key, carry, the
-    position in the data, the metrics since the last report, and what hooks remember. A
-    run that goes on from one ends with the very bits of one that was never interrupted.
-    They are written beside the run, on a thread of its own.
-
-    Only a state that is finite throughout is saved. On the way back every file is
-    compared with its SHA-256: a damaged checkpoint is set aside as ``NAME.damaged``,
-    and the one before it is taken, which a line on stderr says.
-
-    Attributes:
-      folder: where they lie; several processes must see the same.
-      every: steps between two; None goes by the clock.
-      minutes: between two, where ``every`` is None.
-      keep: how many of the newest are kept.
-      best: a metric, such as ``"validation_loss"``, whose best checkpoint is kept too.
-      mode: whether the least or the greatest value is best.
-      resume: ``"auto"`` goes on where there is a checkpoint, ``"must"`` refuses to
-        begin anew, ``"never"`` refuses to go on.
-      identity: what must be the same in a run that goes on, such as its config. The
-        fingerprint of the data is compared besides.
-      resumes: how often the run went on from a checkpoint, so far.
-      steps_replayed: how many steps were taken a second time for that.
-      last_state: the state of the last report, of a run that ended.
-
-    Example:
-      >>> import tempfile
-      >>> train, folder = jlstm.train, tempfile.mkdtemp()
-      >>> def loss_fn(params, batch, *, key, carry):
-      ...     return train.squared_error(params * batch, batch), train.Aux({})
-      >>> tx = train.sgd(0.1)
-      >>> step = train.make_train_step(loss_fn, tx)
-      >>> for num_steps in (3, 9):  # the second goes on at step 3
-      ...     report = train.fit(
-      ...         train.create_state(jnp.zeros(()), tx), step, [jnp.ones(4)] * 9,
-      ...         num_steps=num_steps, checkpoints=train.Checkpoints(folder, every=3),
-      ...     )
-      >>> report.step
-      9
-    """
-
-    folder: Path
-    every: int | None = None
-    minutes: float = 10.0
-    keep: int = 2
-    best: str | None = None
-    mode: Literal["min", "max"] = "min"
-    resume: Resume = "auto"
-    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Checks the options.
-
-        Raises:
-          ValueError: one is out of range.
-        """
-        self.folder = Path(self.folder).absolute()
-        for name in ("every", "keep"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"Checkpoints.{name}: must be at least 1, got {value}")
-        if not self.minutes > 0:
-            raise ValueError(
-                f"Checkpoints.minutes: must be positive, got {self.minutes}"
-            )
-        if self.mode not in ("min", "max"):
-            raise ValueError(
-                f"Checkpoints.mode: must be 'min' or 'max', got {self.mode!r}"
-            )
-        if self.resume not in ("auto", "never", "must"):
-            raise ValueError(
-                "Checkpoints.resume: must be 'auto', 'never' or 'must', got "
-                f"{self.resume!r}"
-            )
-        self.resumes = self.steps_replayed = 0
-        self.restored_seconds = 0.0
-        self.last_state: PyTree = None
-        self._identity: dict[str, Any] = {}
-        self._lock: Lock | None = None
-        self._thread: ThreadPoolExecutor | None = None
-        self._saving: Future[None] | None = None
-        self._counter: mmap.mmap | None = None
-        self._saved_at = time.monotonic()
-        self.saved_step: int | None = None
-        self._best: dict[str, Any] = {}
-
-    # What fit calls.
-
-    def open(self, state: PyTree, data: Any) -> Restored | None:
-        """Locks the folder, and reads the newest checkpoint that is whole.
-
-        Args:
-          state: of the structure, shapes, dtypes and shardings that are expected.
-          data: the fingerprint of the data.
-
-        Returns:
-          What it held; None where the run begins.
-
-        Raises:
-          InUse: another process works in the folder.
-          ValueError: it belongs to another config or other data; all checkpoints are
-            damaged; or ``resume`` forbids what there is to do.
-        """
-        self._identity = _plain({**self.identity, "data": data})
-        chief = jax.process_index() == 0
-        if chief:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self.folder, "Checkpoints")
-            self._clean()
-        self._thread = ThreadPoolExecutor(1, "checkpoints")
-        self._saved_at = time.monotonic()
-        # The first process looks for the newest that is whole, and tells the others.
-        step, problem = -1, None
-        if chief:
-            try:
-                step = self._choose(state)
-            except ValueError as error:
-                step, problem = -2, error
-        step = _agree(step)
-        if problem is not None:
-            raise problem
-        if step == -2:
-            raise ValueError(f"Checkpoints: process 0 cannot go on from {self.folder}")
-        restored = None
-        if step >= 0:
-            if chief:
-                _say(f"going on from step {step}, in {self._folder(step)}")
-            restored = self._restore(step, state)
-        self.saved_step = max(step, int(jax.tree.leaves(state)[0]) if step < 0 else 0)
-        if chief:
-            self._count(step)
-        return restored
-
-    def _clean(self) -> None:
-        """Removes what a killed process left half done, and undoes half a change."""
-        for former in self.folder.glob("*.former"):
-            name = former.with_suffix("")
-            shutil.rmtree(former) if name.exists() else os.rename(former, name)
-        for half in self.folder.glob("*.part"):
-            shutil.rmtree(half) if half.is_dir() else half.unlink()
-
-    def _choose(self, state: PyTree) -> int:
-        steps = self.steps()
-        if self.resume == "never" and steps:
-            raise ValueError(
-                f"Checkpoints: resume='never', but {self.folder} has a checkpoint of "
-                f"step {steps[-1]}; choose another folder, or remove it"
-            )
-        problems = []
-        for step in reversed(steps):
-            folder = self._folder(step)
-            try:
-                verify(folder)
-                record = json.loads((folder / RUN).read_bytes())
-            except Damaged as damage:
-                aside = folder.with_name(folder.name + ".damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(folder, aside)
-                problems.append(f"{folder.name} is damaged ({damage})")
-                _say(f"{problems[-1]}; it is set aside as {aside.name}")
-                continue
-            self._check_identity(folder, record["identity"])
-            _check(folder, _metadata(folder), _prefixed(state), part="state/")
-            return step
-        if problems:
-            raise ValueError(
-                f"Checkpoints: no checkpoint in {self.folder} is whole: "
-                f"{'; '.join(problems)}"
-            )
-        if self.resume == "must":
-            raise ValueError(
-                f"Checkpoints: resume='must', but {self.folder} has no checkpoint"
-            )
-        return -1
-
-    def _check_identity(self, folder: Path, saved: dict[str, Any]) -> None:
-        lines = difference(saved, self._identity)
-        if lines:
-            raise ValueError(
-                f"Checkpoints: {folder} belongs to another run:\n"
-                + "\n".join(f"  {line}" for line in lines)
-                + "\nmake them equal, or choose another folder"
-            )
-
-    def _restore(self, step: int, state: PyTree) -> Restored:
-        folder = self._folder(step)
-        record = json.loads((folder / RUN).read_bytes())
-        expected = _prefixed(state)
-        # What hooks keep has the placement of scalars, of which each device has all.
-        place = jax.tree.leaves(state)[0].sharding
-        for name, leaf in _metadata(folder).items():
-            if not name.startswith("state/"):
-                shape, dtype = leaf.shape, leaf.dtype
-                expected[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-        arrays = _read(folder, expected)
-        own = {name: x for name, x in arrays.items() if name.startswith("state/")}
-        record = _join(record, arrays)
-        self.restored_seconds = record.get("seconds", 0.0)
-        if self.best is not None and record["best"].get("metric") == self.best:
-            self._best = record["best"]
-        return Restored(step, _rebuild(state, own), record)
-
-    def _count(self, step: int) -> None:
-        """Counts the resumption, and the steps that are taken a second time."""
-        file = self.folder / "steps_begun"
-        begun = int.from_bytes(file.read_bytes(), "little") if file.exists() else 0
-        counts = {"resumes": 0, "steps_replayed": 0}
-        if (self.folder / "resumes.json").exists():
-            counts = json.loads((self.folder / "resumes.json").read_bytes())
-        counts["resumes"] += step >= 0
-        counts["steps_replayed"] += max(begun - max(step, 0), 0)
-        if begun or step >= 0:
-            write_json(self.folder / "resumes.json", counts)
-        self.resumes, self.steps_replayed = counts["resumes"], counts["steps_replayed"]
-        file.write_bytes(max(step, 0).to_bytes(8, "little"))
-        with open(file, "r+b") as opened:
-            self._counter = mmap.mmap(opened.fileno(), 8)
-
-    def begin_step(self, step: int) -> None:
-        """Notes, where even a killed process leaves it, that a step is begun."""
-        if self._counter is not None:
-            self._counter[:] = step.to_bytes(8, "little")
-
-    def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Tells whether a report has the best value so far of the metric ``best``."""
-        value = metrics.get(self.best or "")
-        if value is None or not np.isfinite(value):
-            return False
-        old = self._best.get("value")
-        return old is None or (value < old if self.mode == "min" else value > old)
-
-    def due(self, step: int, *, at_report: bool) -> bool:
-        """Tells whether it is time to save."""
-        if step == self.saved_step:
-            return False
-        if self.every is not None:
-            return step % self.every == 0
-        late = time.monotonic() - self._saved_at >= 60 * self.minutes
-        if jax.process_count() == 1:
-            return late
-        # The clock of the first process decides for all, now and then.
-        return at_report and _agree(int(late)) == 1
-
-    def save(
-        self,
-        step: int,
-        state: PyTree,
-        record: Mapping[str, Any],
-        *,
-        best: float | None = None,
-    ) -> None:
-        """Begins to save, and returns as soon as the state is copied.
-
-        Args:
-          step: the number of steps taken.
-          state: the training state.
-          record: anything else, of JSON's types and arrays.
-          best: the value of the best metric, if this checkpoint has it.
-
-        Raises:
-          NonFiniteError: a number of the state is not finite.
-          OSError: the checkpoint before it could not be written.
-        """
-        self.wait()
-        copy, finite = _copy(state)
-        if not finite:
-            raise NonFiniteError(
-                f"Checkpoints: the state after step {step} is not finite, in "
-                f"{_where_not_finite(state)}; it is not saved, and "
-                f"{self.describe_last()}"
-            )
-        if best is not None:
-            self._best = {"metric": self.best, "value": best, "step": step}
-        arrays = _prefixed(copy)
-        own = {"identity": self._identity, "step": step, "best": self._best}
-        written = _split({**record, **own}, arrays)
-        self._saved_at, self.saved_step = time.monotonic(), step
-        folder = self._folder(step)
-        try:
-            half = _begin(folder)
-            # Orbax copies to the host before it returns, and writes meanwhile.
-            writing = _orbax().save_async(str(half / ARRAYS), arrays)
-        except Exception as error:
-            raise self._failed(step, error) from error
-        assert self._thread is not None
-        self._saving = self._thread.submit(
-            self._finish, writing, half, folder, step, written
-        )
-
-    def _finish(
-        self,
-        writing: Any,
-        half: Path,
-        folder: Path,
-        step: int,
-        record: dict[str, Any],
-    ) -> None:
-        try:
-            writing.result()
-            if jax.process_index() == 0:
-                write_json(half / RUN, record)
-                seal(half, folder)
-                self._prune(record["best"].get("step"))
-        except Exception as error:
-            raise self._failed(step, error) from error
-
-    def _failed(self, step: int, error: Exception) -> OSError:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        if not self.folder.is_dir():
-            reason = "the folder is gone"
-        return OSError(
-            f"Checkpoints: step {step} could not be saved in {self.folder} ({reason}); "
-            f"{self.describe_last()}"
-        )
-
-    def describe_last(self) -> str:
-        """Says which step a run would go on from."""
-        steps = self.steps() if self.folder.is_dir() else []
-        return (
-            f"the last checkpoint is of step {steps[-1]}"
-            if steps
-            else "there is no checkpoint"
-        )
-
-    def _prune(self, best: int | None) -> None:
-        steps = self.steps()
-        for step in steps[: -self.keep]:
-            if step != best:
-                # A name that is gone at once, so that none is found half removed.
-                gone = self._folder(step).with_suffix(".part")
-                os.rename(self._folder(step), gone)
-                shutil.rmtree(gone)
-
-    def check(self) -> None:
-        """Raises what went wrong meanwhile, if anything did."""
-        if self._saving is not None and self._saving.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Waits until what is being saved is on the disk."""
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            saving.result()
-
-    def close(self) -> None:
-        """Waits for what is being saved, and gives the folder free."""
-        try:
-            self.wait()
-        finally:
-            if self._thread is not None:
-                self._thread.shutdown()
-            if self._counter is not None:
-                self._counter.close()
-            if self._lock is not None:
-                self._lock.release()
-            self._thread = self._counter = self._lock = None
-
-    # What a user may ask.
-
-    def steps(self) -> list[int]:
-        """Lists the steps of which there is a checkpoint, in their order."""
-        found = []
-        for path in self.folder.glob("step_*"):
-            digits = path.name.removeprefix("step_")
-            if digits.isdecimal():
-                found.append(int(digits))
-        return sorted(found)
-
-    def load_best(self, state: PyTree) -> PyTree:
-        """Reads the state that had the best value of the metric ``best``.
-
-        Args:
-          state: of the structure that is expected, as the last report has it.
-
-        Raises:
-          ValueError: no report had the metric, or the checkpoint is damaged.
-        """
-        self.wait()
-        if not self._best:
-            raise ValueError(
-                f"Checkpoints.load_best: no report had a number for {self.best!r}; "
-                "give best= the name of a metric"
-            )
-        folder = self._folder(self._best["step"])
-        try:
-            verify(folder)
-        except Damaged as damage:
-            raise Damaged(f"Checkpoints: {folder} is damaged: {damage}") from None
-        expected = _prefixed(state)
-        _check(folder, _metadata(folder), expected, part="state/")
-        for name, leaf in _metadata(folder).items():
-            if name not in expected:
-                expected[name] = _place(leaf)
-        arrays = _read(folder, expected)
-        return _rebuild(state, {name: arrays[name] for name in _prefixed(state)})
-
-    def _folder(self, step: int) -> Path:
-        return self.folder / f"step_{step:09d}"
-
-
-def _say(text: str) -> None:
-    print(f"checkpoints: {text}", file=sys.stderr, flush=True)
-
-
-def _orbax() -> Any:
+def orbax() -> Any:
+    """Imports Orbax, which takes its time."""
     from orbax.checkpoint import v1 as ocp
 
     return ocp
 
 
-def _begin(folder: Path) -> Path:
+def begin_together(folder: Path) -> Path:
+    """Makes an empty folder beside one that is to be, for all processes."""
     half = folder.with_name(folder.name + ".part")
     if jax.process_index() == 0:
         begin(folder)
-    _barrier("jlstm_begin")
+    barrier("jlstm_begin")
     return half
 
 
-def _barrier(name: str) -> None:
+def barrier(name: str) -> None:
+    """Waits for all processes."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
 
 
-def _agree(number: int) -> int:
+def agree(number: int) -> int:
     """Returns the number of the first process."""
     if jax.process_count() == 1:
         return number
@@ -578,28 +128,7 @@ def _agree(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-@jax.jit
-def _copy_and_check(tree: PyTree) -> tuple[PyTree, Any]:
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    finite = [jnp.all(jnp.isfinite(x)) for x in floats]
-    copy = jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
-    return copy, jnp.all(jnp.array(finite)) if finite else jnp.array(True)
-
-
-def _copy(state: PyTree) -> tuple[PyTree, bool]:
-    """Copies a state, whose memory the next step takes; tells whether it is finite."""
-    copy, finite = _copy_and_check(state)
-    return copy, bool(finite)
-
-
-def _where_not_finite(state: PyTree) -> str:
-    for name, leaf in _leaves(state).items():
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.isfinite(leaf).all():
-            return name
-    return "no leaf by now"
-
-
-def _leaves(tree: PyTree) -> dict[str, Any]:
+def name_leaves(tree: PyTree) -> dict[str, Any]:
     """Names the leaves by their paths, as in ``params/forward/w_hh``.
 
     A flat dict is independent of how Orbax writes tuples and dataclasses, so that what
@@ -614,25 +143,24 @@ def _leaves(tree: PyTree) -> dict[str, Any]:
     }
 
 
-def _prefixed(state: PyTree) -> dict[str, Any]:
-    return {f"state/{name}": leaf for name, leaf in _leaves(state).items()}
-
-
-def _rebuild(like: PyTree, arrays: Mapping[str, Any]) -> PyTree:
+def rebuild(like: PyTree, arrays: Mapping[str, Any]) -> PyTree:
+    """Puts named leaves, in their order, into the structure of a tree."""
     return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
+def read_types(folder: Path) -> dict[str, Any]:
+    """Reads names, shapes and dtypes of the arrays of a checkpoint."""
     try:
-        found: Any = _orbax().metadata(str(folder / ARRAYS)).metadata
+        found: Any = orbax().metadata(str(folder / ARRAYS)).metadata
     except Exception as error:
         raise Damaged(f"{ARRAYS} cannot be read ({type(error).__name__})") from error
     return dict(found)
 
 
-def _read(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+def read_arrays(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the arrays of a checkpoint, placed as those that are expected."""
     targets = {name: _place(leaf) for name, leaf in expected.items()}
-    loaded: Any = _orbax().load(str(folder / ARRAYS), targets)
+    loaded: Any = orbax().load(str(folder / ARRAYS), targets)
     return {name: _free(loaded[name], leaf) for name, leaf in expected.items()}
 
 
@@ -664,9 +192,14 @@ def _place(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _check(
+def check_types(
     folder: Path, saved: Mapping[str, Any], expected: Mapping[str, Any], part: str = ""
 ) -> None:
+    """Compares types, of all that is expected and of all that is saved in a part.
+
+    Raises:
+      ValueError: naming the first leaf that is missing, unexpected, or of another type.
+    """
     names = [name for name in saved if name.startswith(part) and name not in expected]
     for name in [*expected, *names]:
         got = _stored_type(saved[name]) if name in saved else "missing"
@@ -686,50 +219,3 @@ def _stored_type(leaf: Any) -> str:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     return type_name(leaf)
-
-
-def _split(value: Any, arrays: dict[str, Any]) -> Any:
-    """Takes the arrays out of nested dicts and lists; leaves their names there."""
-    if isinstance(value, jax.Array | np.ndarray):
-        name = f"other/{len(arrays)}"
-        arrays[name] = jnp.array(value, copy=True)
-        return {"__array__": name}
-    if isinstance(value, Mapping):
-        return {str(key): _split(item, arrays) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_split(item, arrays) for item in value]
-    return _plain(value)
-
-
-def _join(value: Any, arrays: Mapping[str, Any]) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {"__array__"}:
-            return arrays[value["__array__"]]
-        if set(value) == {"__float__"}:
-            return float(value["__float__"])
-        if set(value) == {"__bytes__"}:
-            return bytes.fromhex(value["__bytes__"])
-        return {key: _join(item, arrays) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_join(item, arrays) for item in value]
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """Writes a value in JSON's types, floats that it lacks by their names."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return {"__float__": repr(value)}
-    if isinstance(value, bytes):
-        return {"__bytes__": value.hex()}
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise ValueError(
-        f"Checkpoints: cannot save a {type(value).__name__}; a hook's or an iterator's "
-        "state must be of dicts, lists, numbers, strings and arrays"
-    )

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jlstm.train.checkpoint import Checkpoints
+from jlstm.train.checkpoints import Checkpoints
 from jlstm.train.fingerprint import fingerprint
 from jlstm.train.losses import divide, sum_metrics
 from jlstm.train.signals import Cut, Interrupted, Signals

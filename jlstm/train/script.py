@@ -42,7 +42,7 @@ from typing import Any, Literal, NoReturn, SupportsFloat, TypeVar
 import jax
 import numpy as np
 
-from jlstm.train.checkpoint import Checkpoints, Resume
+from jlstm.train.checkpoints import Checkpoints, Resume
 from jlstm.train.files import Lock, write_json
 from jlstm.train.fingerprint import difference, hash_tree
 from jlstm.train.hooks import (

@@ -1,0 +1,396 @@
+"""Files from the network, of known bytes, and archives, of which nothing is trusted."""
+
+from __future__ import annotations
+
+import bz2
+import dataclasses
+import errno
+import gzip
+import hashlib
+import http.client
+import io
+import lzma
+import os
+import re
+import secrets
+import shutil
+import stat
+import struct
+import tarfile
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path, PureWindowsPath
+from typing import IO, Any
+
+BLOCK = 1 << 20
+COMPRESSED: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
+DAMAGE = (
+    EOFError,
+    NotImplementedError,
+    OverflowError,
+    RecursionError,
+    ValueError,
+    lzma.LZMAError,
+    struct.error,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def fetch(
+    url: str,
+    *,
+    sha256: str,
+    path: str | Path,
+    max_bytes: int = 8 << 30,
+    timeout: float = 60.0,
+) -> Path:
+    """Downloads a file, once; what is at ``path`` always has the given hash.
+
+    The file appears there when all of it is on the disk. A file with this hash is
+    returned without the network, to which ``JLSTM_OFFLINE=1`` forbids all access.
+
+    Args:
+      url: ``https://``, ``file://``, or ``http://`` of this machine; redirects too.
+      sha256: the file's SHA-256, in hexadecimal digits.
+      path: where to put it; folders are made.
+      max_bytes: stops the download of a longer file.
+      timeout: how many seconds the server may be silent.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: another hash, of the download or of the file that is there, which is
+        left alone; more than ``max_bytes``; a URL that is not allowed.
+      OSError: offline, no answer, or an answer that is cut.
+
+    Example:
+      >>> import hashlib, pathlib, tempfile
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> count = (folder / "source").write_bytes(b"abc")
+      >>> url, sha256 = (folder / "source").as_uri(), hashlib.sha256(b"abc").hexdigest()
+      >>> jlstm.data.fetch(url, sha256=sha256, path=folder / "copy").read_bytes()
+      b'abc'
+    """
+    path, expected = Path(path), sha256.lower()
+    if not re.fullmatch("[0-9a-f]{64}", expected):
+        raise ValueError(f"fetch: sha256 must be 64 hex digits, got {sha256!r}")
+    _check_url(url)
+    if path.exists():
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        _check_hash(path, path.stat().st_size, found, expected, "remove it to go on")
+        return path
+    by_hand = f"or put the file with SHA-256 {expected} at {path}"
+    offline = os.environ.get("JLSTM_OFFLINE", "") not in ("", "0")
+    if offline and not url.lower().startswith("file:"):
+        raise OSError(f"fetch: {url}: offline by JLSTM_OFFLINE; unset it, {by_hand}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _beside(path)
+    try:
+        size, found = _download(url, part, max_bytes, timeout)
+        _check_hash(url, size, found, expected, "it changed, or sha256 is wrong")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        raise OSError(f"fetch: {url}: {error}; try again, {by_hand}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def extract(
+    archive: str | Path,
+    folder: str | Path,
+    *,
+    max_bytes: int = 8 << 30,
+    max_files: int = 100_000,
+    max_ratio: float = 200,
+) -> Path:
+    """Unpacks a zip or tar archive, plain or as ``.gz``, ``.bz2``, ``.xz``.
+
+    All or nothing: ``folder`` appears when everything is in it. The archive need not be
+    trusted: it can write nowhere else, nor more than the limits, and contains only
+    files and folders, which get modes ``0o644`` and ``0o755``. Names that clash on some
+    systems are refused on all.
+
+    Args:
+      archive: the file; its kind is read from its content.
+      folder: where to unpack; must be empty, or not exist.
+      max_bytes: limit of all files together, unpacked.
+      max_files: limit of the number of files and folders.
+      max_ratio: limit of unpacked to packed bytes beyond 1 MiB, of the whole archive
+        and of each member of a zip.
+
+    Returns:
+      The folder.
+
+    Raises:
+      FileNotFoundError: no such archive.
+      ValueError: a folder with something in it, a damaged or cut archive, a member that
+        is not allowed, or one limit exceeded; names the member.
+
+    Example:
+      >>> import pathlib, tempfile, zipfile
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> with zipfile.ZipFile(folder / "a.zip", "w") as file:
+      ...     file.writestr("texts/a.txt", "abc")
+      >>> unpacked = jlstm.data.extract(folder / "a.zip", folder / "a")
+      >>> (unpacked / "texts" / "a.txt").read_text()
+      'abc'
+    """
+    archive, folder = Path(archive), Path(folder).resolve()
+    if not archive.is_file():
+        raise FileNotFoundError(f"extract: no file at {archive}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"extract: {folder} is there already; choose an empty folder")
+    half = _beside(folder)
+    half.mkdir(parents=True)
+    size = archive.stat().st_size
+    try:
+        half.chmod(0o755)
+        _unpack(archive, _Target(half, size, max_bytes, max_files, max_ratio))
+        if folder.exists():
+            folder.rmdir()
+        half.rename(folder)
+    except _Refused as error:
+        message = f"extract: {archive}: {error}; nothing is unpacked"
+        raise ValueError(message) from None
+    except (*DAMAGE, OSError) as error:
+        # Decompressors raise it without a number; zipfile seeks where a header says.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        message = f"extract: {archive} is no whole archive: {str(error) or 'cut'}"
+        raise ValueError(message) from error
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return folder
+
+
+def _beside(path: Path) -> Path:
+    """Names what becomes ``path``: no two processes the same."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+
+
+def _check_url(url: str) -> None:
+    parts = urllib.parse.urlsplit(url)
+    local = parts.hostname in ("127.0.0.1", "localhost")
+    if not (
+        (parts.scheme == "https" and parts.hostname)
+        or (parts.scheme == "http" and local)
+        or (parts.scheme == "file" and (local or not parts.netloc))
+    ):
+        raise ValueError(
+            "fetch: the URL must be https://, file://, or http:// of this machine, got "
+            f"{url!r}"
+        )
+
+
+def _check_hash(
+    what: Path | str, size: int, found: str, expected: str, advice: str
+) -> None:
+    if found != expected:
+        raise ValueError(
+            f"fetch: {what} has SHA-256 {found} ({size} bytes), expected {expected}; "
+            f"{advice}"
+        )
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        try:
+            _check_url(newurl)
+            if req.type == "https" and not newurl.lower().startswith("https:"):
+                raise ValueError(f"fetch: {newurl!r} is no https:// URL")
+        except ValueError as error:
+            fp.close()
+            raise ValueError(f"{error}, by a redirect of {req.full_url}") from None
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(url: str, part: Path, max_bytes: int, timeout: float) -> tuple[int, str]:
+    opener = urllib.request.build_opener(_Redirects())
+    digest, size = hashlib.sha256(), 0
+    with opener.open(url, timeout=timeout) as response, open(part, "xb") as file:
+        declared = response.headers.get("Content-Length", "")
+        length = int(declared) if declared.isdecimal() else None
+        if length is None or length <= max_bytes:
+            while block := response.read(min(BLOCK, max_bytes + 1 - size)):
+                size += len(block)
+                digest.update(block)
+                file.write(block)
+        if max(size, length or 0) > max_bytes:
+            raise ValueError(
+                f"fetch: {url} has more than max_bytes={max_bytes}; raise it if the "
+                "file may be that long"
+            )
+        if length is not None and size != length:
+            raise OSError(f"the answer is cut: got {size} of {length} bytes")
+        file.flush()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+class _Refused(Exception):
+    """What an archive has and must not have."""
+
+
+@dataclasses.dataclass
+class _Target:
+    """A folder to unpack to, and what has come there so far."""
+
+    folder: Path
+    packed: int
+    max_bytes: int
+    max_files: int
+    max_ratio: float
+
+    def __post_init__(self) -> None:
+        self.written = 0
+        # By name without case: the name as it was first spelled, whether a folder.
+        self.seen: dict[str, tuple[str, bool]] = {}
+        self.named: set[str] = set()
+
+    def place(self, name: str, *, is_folder: bool) -> Path:
+        """Checks a member's name, makes its folders, and tells where it belongs."""
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        drive = any(PureWindowsPath(part).drive for part in parts)
+        if name.startswith("/") or ".." in parts or drive:
+            raise _Refused(f"{name!r} leads out of the folder")
+        if "\\" in name or "\0" in name or not (parts or is_folder):
+            raise _Refused(f"{name!r} is no name of a file")
+        if len(parts) > 64:
+            raise _Refused(f"{name[:40]!r}... is in more than 64 folders")
+        path = ""
+        for depth, part in enumerate(parts, 1):
+            path = f"{path}/{part}" if path else part
+            entry = (path, is_folder or depth < len(parts))
+            first = self.seen.setdefault(path.casefold(), entry)
+            if first != entry:
+                raise _Refused(f"{name!r} clashes with {first[0]!r}")
+            if len(self.seen) > self.max_files:
+                raise _Refused(f"has more than max_files={self.max_files}")
+            if first is entry and entry[1]:
+                (self.folder / path).mkdir()
+                (self.folder / path).chmod(0o755)
+        if path.casefold() in self.named:
+            raise _Refused(f"{name!r} occurs twice")
+        self.named.add(path.casefold())
+        return self.folder / path
+
+    def write(self, name: str, source: IO[bytes], size: int, packed: int) -> None:
+        """Writes a file of a size that is claimed, from bytes that are counted."""
+        path, written = self.place(name, is_folder=False), 0
+        with open(path, "xb") as file:
+            while block := source.read(BLOCK):
+                written += len(block)
+                self.written += len(block)
+                if self.written > self.max_bytes:
+                    raise _Refused(f"{name!r} exceeds max_bytes={self.max_bytes}")
+                for unpacked, of in ((written, packed), (self.written, self.packed)):
+                    if unpacked > max(BLOCK, self.max_ratio * of):
+                        raise _Refused(f"{name!r} exceeds max_ratio={self.max_ratio}")
+                file.write(block)
+        path.chmod(0o644)
+        if written != size:
+            raise EOFError(f"{name!r} has {written} bytes, not {size}")
+
+
+def _unpack(archive: Path, target: _Target) -> None:
+    with open(archive, "rb") as file:
+        head = file.read(tarfile.BLOCKSIZE)
+    for magic, opener in COMPRESSED.items():
+        if head.startswith(magic):
+            return _unpack_tar(archive, opener, target)
+    try:
+        # Not is_tarfile, which reads the names of any length that a header claims. And
+        # before is_zipfile, which takes a tar for the zip that ends it.
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        if not zipfile.is_zipfile(archive):
+            raise _Refused("is neither zip nor tar, or is cut") from None
+        return _unpack_zip(archive, target)
+    return _unpack_tar(archive, open, target)
+
+
+def _unpack_zip(archive: Path, target: _Target) -> None:
+    with zipfile.ZipFile(archive) as file:
+        for member in file.infolist():
+            name, kind = member.orig_filename, stat.S_IFMT(member.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise _Refused(f"{name!r} is a link or a device")
+            if member.flag_bits & 1:
+                raise _Refused(f"{name!r} is encrypted")
+            # The other decompressors of zipfile unpack a block of any ratio at once.
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise _Refused(f"{name!r} is neither stored nor deflated")
+            if name.endswith("/"):
+                target.place(name, is_folder=True)
+                continue
+            with file.open(member) as source:
+                target.write(name, source, member.file_size, member.compress_size)
+
+
+def _unpack_tar(archive: Path, opener: Callable[..., Any], target: _Target) -> None:
+    limit = target.max_bytes + tarfile.RECORDSIZE * (target.max_files + 1)
+    with opener(archive, "rb") as raw:
+        stream = _Forward(raw, limit)
+        file: Any = tarfile.TarFile(fileobj=stream, encoding="utf-8")
+        while member := file.next():
+            file.members.clear()  # else they add up
+            if member.isdir():
+                target.place(member.name, is_folder=True)
+                continue
+            source = file.extractfile(member) if member.isfile() else None
+            if source is None or member.issparse():
+                raise _Refused(f"{member.name!r} is a link, a device or sparse")
+            with source:
+                target.write(member.name, source, member.size, target.packed)
+        # tarfile takes a broken header for the end.
+        if stream.last != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no member at byte {file.offset}, and no end")
+        while stream.read(BLOCK):  # to the checksum, where there is one
+            pass
+
+
+class _Forward(io.RawIOBase):
+    """A stream that is read once, and not in one piece.
+
+    A header may claim that its names are gigabytes long, or that data begin before it.
+    """
+
+    def __init__(self, raw: IO[bytes], limit: int) -> None:
+        self._raw, self._limit, self._at = raw, limit, 0
+        self.last = b""
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= BLOCK:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        self.last = data = self._raw.read(size)
+        self._at += len(data)
+        if self._at > self._limit:
+            raise _Refused(f"exceeds max_bytes and max_files: {self._limit} bytes")
+        return data
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if offset < self._at:
+            raise tarfile.ReadError("data before their header")
+        while self._at < offset and self.read(min(offset - self._at, BLOCK)):
+            pass
+        return self._at
