@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -222,6 +226,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert train.hash_tree(best) == train.hash_tree(stopped.state)
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {
+        "begun.json",
         "lock", "steps_begun", "step_000000006", "step_000000024",
         "step_000000025",
     }  # fmt: skip
@@ -349,7 +354,7 @@ def test_every_file_of_a_checkpoint_is_guarded(tmp_path, capfd, harm):
         checkpoints.close()
         assert restored is not None
         assert restored.step == 4, f"{harm.__name__} of {path} went unnoticed"
-        assert "step_000000008 is damaged" in capfd.readouterr().err
+        assert "step 8 is damaged" in capfd.readouterr().err
         assert (copy / "step_000000008.damaged").is_dir()
         shutil.rmtree(copy)
         harmed += 1
@@ -359,8 +364,9 @@ def test_every_file_of_a_checkpoint_is_guarded(tmp_path, capfd, harm):
 def test_no_whole_checkpoint_is_an_error(tmp_path):
     run(tmp_path / "run", num_steps=4)
     empty(tmp_path / "run" / "step_000000004" / "run.json")
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: .*run.js"):
-        run(tmp_path / "run")
+    for _ in range(2):  # nor does it begin anew the second time
+        with pytest.raises(ValueError, match=r"no checkpoint in .* is whole .*run.js"):
+            run(tmp_path / "run")
 
 
 def test_a_damaged_file_of_params_is_not_loaded(tmp_path):
@@ -386,6 +392,222 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
     report, _ = run(tmp_path / "run", num_steps=6)
     assert report.step == 6
     assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_disk_that_fails_for_a_moment_damages_nothing(tmp_path, monkeypatch):
+    run(tmp_path / "run", num_steps=8)
+
+    def fail(path):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jlstm.train.files.sha256", fail)
+        with pytest.raises(OSError, match="too many open files"):
+            run(tmp_path / "run")
+    _, checkpoints = run(tmp_path / "run")
+    assert checkpoints.resumes == 1
+    assert not list((tmp_path / "run").glob("*.damaged"))
+
+
+def test_hooks_that_changed_are_refused_by_name(tmp_path):
+    run(tmp_path / "run", num_steps=5, hooks=[train.keep_best("loss")])
+    with pytest.raises(
+        ValueError, match=r"hooks \['Best'\], and cannot go on with \[\]"
+    ):
+        run(tmp_path / "run")
+    hooks = [train.keep_best("loss"), train.every(3, Counter())]
+    with pytest.raises(ValueError, match=r"cannot go on with \['Best', 'every 3: Cou"):
+        run(tmp_path / "run", hooks=hooks)
+    # What has no state, and what is optional, may come and go.
+    board = train.write_tensorboard(tmp_path / "board")
+    run(tmp_path / "run", hooks=[print, train.keep_best("loss"), board])
+
+
+def test_lines_that_were_there_before_stay(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"step": 0}\n')
+    with pytest.raises(Killed):
+        run(tmp_path / "run", kill_at=3, hooks=[train.write_jsonl(path)])
+    run(tmp_path / "run", num_steps=6, hooks=[train.write_jsonl(path)])
+    assert [record["step"] for record in train.read_jsonl(path)] == [0, 3, 6]
+    path.write_text("")
+    with pytest.warns(UserWarning, match="has lost lines"):
+        run(tmp_path / "run", hooks=[train.write_jsonl(path)])
+
+
+def test_what_a_hook_remembers_keeps_its_type(tmp_path):
+    class Odd:
+        seen = None
+
+        def __call__(self, report):
+            pass
+
+        def get_state(self):
+            long = np.array([2**40 + 1])
+            return {"long": long, "half": np.float64(0.1), "none": jnp.zeros((0, 3))}
+
+        def set_state(self, state, report):
+            self.seen = state
+
+    run(tmp_path / "run", num_steps=5, hooks=[Odd()])
+    hook = Odd()
+    run(tmp_path / "run", hooks=[hook])
+    assert hook.seen
+    assert hook.seen["long"].dtype == np.int64
+    assert hook.seen["long"][0] == 2**40 + 1
+    assert hook.seen["half"] == 0.1
+    assert hook.seen["none"].shape == (0, 3)
+
+
+def signalled_at(step, number=signal.SIGTERM):
+    """A hook that asks its own process to end."""
+
+    def ask(report):
+        if report.step == step:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+
+    return ask
+
+
+class Live:
+    """A hook that hands out the very list that it changes."""
+
+    def __init__(self):
+        self.steps = []
+
+    def __call__(self, report):
+        self.steps.append(report.step)
+
+    def get_state(self):
+        return {"steps": self.steps}
+
+    def set_state(self, state, report):
+        self.steps = state["steps"]
+
+
+def test_a_signal_in_a_hook_leaves_no_trace_of_the_hooks_before_it(tmp_path, capfd):
+    live = Live()
+    with pytest.raises(train.Interrupted) as stop:
+        run(tmp_path / "run", hooks=[live, signalled_at(6)])
+    assert stop.value.code == 143
+    assert "SIGTERM, in the hooks of step 6" in capfd.readouterr().err
+    live = Live()
+    run(tmp_path / "run", num_steps=12, hooks=[live])
+    assert live.steps == [3, 6, 9, 12]
+
+
+def test_a_signal_in_the_last_hooks_still_ends_the_process(tmp_path):
+    with pytest.raises(train.Interrupted):
+        run(tmp_path / "run", num_steps=6, hooks=[signalled_at(6)])
+    report, _ = run(tmp_path / "run", num_steps=6)
+    assert report.step == 6
+    again, _ = run(tmp_path / "run", num_steps=6, hooks=[signalled_at(6)])
+    assert again.metrics == report.metrics
+
+
+@pytest.mark.parametrize("inner_saves", [False, True])
+def test_a_fit_in_a_hook_is_cut_with_the_one_around_it(tmp_path, inner_saves):
+    def inner(report):
+        def batches():
+            for number, batch in enumerate(make_batches()):
+                if number == 4 and report.step == 6 and not list(tmp_path.glob("cut")):
+                    (tmp_path / "cut").touch()
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.1)
+                yield batch
+
+        checkpoints = None
+        if inner_saves:
+            checkpoints = train.Checkpoints(tmp_path / f"inner{report.step}")
+        found = train.fit(
+            make_state(), STEP, batches(), num_steps=9, checkpoints=checkpoints
+        )
+        report.metrics["inner"] = found.metrics["loss"]
+
+    path = tmp_path / "m.jsonl"
+    with pytest.raises(train.Interrupted):
+        run(tmp_path / "run", num_steps=9, hooks=[inner, train.write_jsonl(path)])
+    run(tmp_path / "run", num_steps=9, hooks=[inner, train.write_jsonl(path)])
+    records = train.read_jsonl(path)
+    assert [record["step"] for record in records] == [3, 6, 9]
+    assert len({record["inner"] for record in records}) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_that_is_ended_is_not_the_run(tmp_path):
+    def end_a_child(report):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.05)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+    report, _ = run(tmp_path / "run", num_steps=6, hooks=[end_a_child])
+    assert report.step == 6
+
+
+def test_a_generator_that_ends_too_soon_is_refused(tmp_path):
+    batches = [batch for _, batch in zip(range(9), make_batches(), strict=False)]
+    run(tmp_path / "run", batches=iter(batches), num_steps=8)
+    with pytest.raises(ValueError, match="batches end after 3, but 8 were read"):
+        run(tmp_path / "run", batches=iter(batches[:3]))
+
+
+def test_what_may_be_infinite_or_empty(tmp_path):
+    def loss(params, batch, *, key, carry):
+        ys = batch["x"] @ jnp.where(jnp.isinf(params["mask"]), 0.0, params["w"])
+        return train.squared_error(ys, jnp.ones_like(ys)), train.Aux({}, carry)
+
+    tx = optax.masked(train.sgd(0.1), {"w": True, "mask": False, "none": False})
+    params = {
+        "w": jnp.ones(3),
+        "mask": jnp.array([0.0, -jnp.inf, 0.0]),
+        "none": jnp.zeros((0, 2)),
+    }
+    carry = jnp.array([-jnp.inf, 0.0])
+
+    def fit(folder, num_steps):
+        step = train.make_train_step(frozen_mask(loss), tx)
+        return train.fit(
+            train.create_state(params, tx, carry=carry), step, make_batches(),
+            num_steps=num_steps, checkpoints=train.Checkpoints(folder),
+        )  # fmt: skip
+
+    fit(tmp_path / "run", 3)
+    resumed, whole = fit(tmp_path / "run", 6), fit(tmp_path / "whole", 6)
+    assert whole.skipped == 0
+    assert train.hash_tree(resumed.state) == train.hash_tree(whole.state)
+    assert resumed.state.params["none"].shape == (0, 2)
+
+
+def frozen_mask(loss):
+    def wrapped(params, batch, **options):
+        stopped = jax.lax.stop_gradient(params["mask"])
+        return loss(params | {"mask": stopped}, batch, **options)
+
+    return wrapped
+
+
+def test_leaves_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 leaves have only 1 different names"):
+        train.save(tmp_path / "x", {"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)})
+
+
+def test_bad_options_of_checkpoints_have_one_line(tmp_path):
+    with pytest.raises(ValueError, match="every: must be an integer from 1 on"):
+        train.Checkpoints(tmp_path, every=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="checkpoints must be a Checkpoints, got 'x'"):
+        train.fit(make_state(), STEP, [], num_steps=1, checkpoints="x")  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file, expected a folder"):
+        run(tmp_path / "file")
+    with pytest.raises(ValueError, match="cannot save a PosixPath; the identity"):
+        run(tmp_path / "run", identity={"path": tmp_path})
 
 
 def test_half_a_replacement_is_undone(tmp_path):

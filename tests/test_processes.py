@@ -75,6 +75,32 @@ def test_a_signal_to_one_ends_both_at_the_same_step(tmp_path, alone):
     np.testing.assert_allclose(lines(workdir), alone[1], rtol=2e-5)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_go_on_as_two(tmp_path, alone, number):
+    workdir = tmp_path / "run"
+    both = launch(workdir, 2, 4, "--slow-data", 0.05)
+    wait_for(lambda: newest(workdir) >= 10, both[0])
+    for process in both:
+        process.send_signal(number)
+    outputs = [finish(process) for process in both]
+    assert [code for code, _ in outputs] == [143, 143], outputs
+    outputs = [finish(process) for process in launch(workdir, 2, 4)]
+    assert [code for code, _ in outputs] == [0, 0], outputs
+    assert result(workdir)["resumes"] == 1
+    np.testing.assert_allclose(lines(workdir), alone[4], rtol=2e-5)
+
+
+def test_what_fails_in_the_first_process_ends_both(tmp_path, alone):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "something").write_text("else")
+    began = time.monotonic()
+    outputs = [finish(process) for process in launch(tmp_path / "run", 2, 4)]
+    assert [code for code, _ in outputs] == [2, 2], outputs
+    assert time.monotonic() - began < 60
+    assert "is not empty, but holds no run" in outputs[0][1]
+    assert "process 0 cannot begin" in outputs[1][1]
+
+
 def test_a_run_goes_on_when_a_process_was_killed(tmp_path, alone):
     workdir = tmp_path / "run"
     both = launch(workdir, 2, 4, "--slow-data", 0.02)

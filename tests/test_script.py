@@ -222,6 +222,14 @@ def test_workdir_belongs_to_one_config(tmp_path, capsys):
         train.Workdir(must, "add")
 
 
+def test_workdir_of_a_run_that_was_killed_while_it_began(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").write_text("1")
+    (tmp_path / "run" / "config.json.part").write_text("{")
+    config = Config(workdir=tmp_path / "run")
+    assert train.Workdir(config, "add").result is None
+
+
 def test_workdir_notes_another_environment(tmp_path, capsys):
     config = Config(workdir=tmp_path / "run")
     path = train.Workdir(config, "add").path

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jlstm.train.state import type_name
 from jlstm.types import PyTree
 
 ARRAYS = "arrays"
+T = TypeVar("T")
 
 
 def save(
@@ -53,7 +54,7 @@ def save(
         raise ValueError("save: the tree has no leaves, nothing to save")
     folder.parent.mkdir(parents=True, exist_ok=True)
     half = begin_together(folder)
-    orbax().save(str(half / ARRAYS), leaves)
+    orbax().save(str(half / ARRAYS), storable(leaves))
     if jax.process_index() == 0:
         seal(half, folder)
     barrier("jlstm_save")
@@ -119,6 +120,27 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def by_the_first(action: Callable[[], T]) -> T | None:
+    """Does something in the first process; in the others returns None.
+
+    Raises:
+      ValueError: in all processes, where it failed in the first, which raises its own
+        error.
+    """
+    made, problem = None, None
+    if jax.process_index() == 0:
+        try:
+            made = action()
+        except (ValueError, OSError) as error:
+            problem = error
+    failed = agree(int(problem is not None))
+    if problem is not None:
+        raise problem
+    if failed:
+        raise ValueError("process 0 cannot begin; its output says why")
+    return made
+
+
 def agree(number: int) -> int:
     """Returns the number of the first process."""
     if jax.process_count() == 1:
@@ -135,12 +157,24 @@ def name_leaves(tree: PyTree) -> dict[str, Any]:
     is compared is what was saved.
     """
     named = jax.tree_util.tree_leaves_with_path(tree)
-    return {
+    leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/") or "leaf": (
             leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
         )
         for path, leaf in named
     }
+    if len(leaves) < len(named):
+        raise ValueError(
+            f"save: {len(named)} leaves have only {len(leaves)} different names; "
+            "rename those whose path is that of another"
+        )
+    return leaves
+
+
+def storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out arrays without elements, which cannot be stored and need not be."""
+    kept = {name: leaf for name, leaf in leaves.items() if leaf.size}
+    return kept or {"nothing": jnp.zeros(1)}
 
 
 def rebuild(like: PyTree, arrays: Mapping[str, Any]) -> PyTree:
@@ -159,9 +193,14 @@ def read_types(folder: Path) -> dict[str, Any]:
 
 def read_arrays(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     """Reads the arrays of a checkpoint, placed as those that are expected."""
-    targets = {name: _place(leaf) for name, leaf in expected.items()}
+    targets = {name: _place(leaf) for name, leaf in storable(expected).items()}
     loaded: Any = orbax().load(str(folder / ARRAYS), targets)
-    return {name: _free(loaded[name], leaf) for name, leaf in expected.items()}
+    return {
+        name: _free(loaded[name], leaf)
+        if leaf.size
+        else jnp.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in expected.items()
+    }
 
 
 def _free(loaded: jax.Array, like: Any) -> jax.Array:
@@ -200,8 +239,9 @@ def check_types(
     Raises:
       ValueError: naming the first leaf that is missing, unexpected, or of another type.
     """
+    expected = {name: leaf for name, leaf in expected.items() if leaf.size}
     names = [name for name in saved if name.startswith(part) and name not in expected]
-    for name in [*expected, *names]:
+    for name in [*expected, *(name for name in names if name != "nothing")]:
         got = _stored_type(saved[name]) if name in saved else "missing"
         want = _stored_type(expected[name]) if name in expected else "missing"
         if "missing" in (got, want):

@@ -15,6 +15,8 @@ disk; what a killed process left of one is removed by the next.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import dataclasses
 import json
 import mmap
@@ -24,6 +26,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,12 +38,14 @@ from jlstm.train.checkpoint import (
     ARRAYS,
     agree,
     begin_together,
+    by_the_first,
     check_types,
     name_leaves,
     orbax,
     read_arrays,
     read_types,
     rebuild,
+    storable,
 )
 from jlstm.train.files import Damaged, Lock, seal, verify, write_json
 from jlstm.train.fingerprint import difference
@@ -128,8 +133,10 @@ class Checkpoints:
         self.folder = Path(self.folder).absolute()
         for name in ("every", "keep"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"Checkpoints.{name}: must be at least 1, got {value}")
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(
+                    f"Checkpoints.{name}: must be an integer from 1 on, got {value!r}"
+                )
         if not self.minutes > 0:
             raise ValueError(
                 f"Checkpoints.minutes: must be positive, got {self.minutes}"
@@ -173,34 +180,28 @@ class Checkpoints:
             damaged; or ``resume`` forbids what there is to do.
         """
         self._identity = _plain({**self.identity, "data": data})
-        chief = jax.process_index() == 0
-        if chief:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self.folder, "Checkpoints")
-            self._clean()
-        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._odd = frozenset(not_finite(state))
         self._saved_at = time.monotonic()
-        # The first process looks for the newest that is whole, and tells the others.
-        step, problem = -1, None
-        if chief:
-            try:
-                step = self._choose(state)
-            except ValueError as error:
-                step, problem = -2, error
-        step = agree(step)
-        if problem is not None:
-            raise problem
-        if step == -2:
-            raise ValueError(f"Checkpoints: process 0 cannot go on from {self.folder}")
-        restored = None
-        if step >= 0:
-            if chief:
-                _say(f"going on from step {step}, in {self._folder(step)}")
-            restored = self._restore(step, state)
-        self.saved_step = max(step, int(jax.tree.leaves(state)[0]) if step < 0 else 0)
-        if chief:
+        chosen = by_the_first(lambda: self._open(state))
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        # The first process looked for the newest that is whole.
+        step = agree(-1 if chosen is None else chosen)
+        restored = self._restore(step, state) if step >= 0 else None
+        self.saved_step = step if step >= 0 else int(jax.tree.leaves(state)[0])
+        if jax.process_index() == 0:
             self._count(step)
         return restored
+
+    def _open(self, state: PyTree) -> int:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"Checkpoints: {self.folder} is a file, expected a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.folder, "Checkpoints")
+        self._clean()
+        step = self._choose(state)
+        if step >= 0:
+            _say(f"going on from step {step}, in {self._folder(step)}")
+        return step
 
     def _clean(self) -> None:
         """Removes what a killed process left half done, and undoes half a change."""
@@ -217,26 +218,27 @@ class Checkpoints:
                 f"Checkpoints: resume='never', but {self.folder} has a checkpoint of "
                 f"step {steps[-1]}; choose another folder, or remove it"
             )
-        problems = []
+        problems: dict[int, Damaged] = {}
         for step in reversed(steps):
             folder = self._folder(step)
             try:
                 verify(folder)
-                record = json.loads((folder / RUN).read_bytes())
             except Damaged as damage:
-                aside = folder.with_name(folder.name + ".damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(folder, aside)
-                problems.append(f"{folder.name} is damaged ({damage})")
-                _say(f"{problems[-1]}; it is set aside as {aside.name}")
+                problems[step] = damage
                 continue
+            record = json.loads((folder / RUN).read_bytes())
             self._check_identity(folder, record["identity"])
             check_types(folder, read_types(folder), _prefixed(state), part="state/")
+            for damaged, damage in problems.items():
+                aside = _unused(self._folder(damaged))
+                os.rename(self._folder(damaged), aside)
+                _say(f"step {damaged} is damaged ({damage}); it is now {aside.name}")
             return step
         if problems:
+            which = "; ".join(f"step {n}: {damage}" for n, damage in problems.items())
             raise ValueError(
-                f"Checkpoints: no checkpoint in {self.folder} is whole: "
-                f"{'; '.join(problems)}"
+                f"Checkpoints: no checkpoint in {self.folder} is whole ({which}); "
+                "bring one back, or begin anew in another folder"
             )
         if self.resume == "must":
             raise ValueError(
@@ -276,8 +278,8 @@ class Checkpoints:
         file = self.folder / "steps_begun"
         begun = int.from_bytes(file.read_bytes(), "little") if file.exists() else 0
         counts = {"resumes": 0, "steps_replayed": 0}
-        if (self.folder / "resumes.json").exists():
-            counts = json.loads((self.folder / "resumes.json").read_bytes())
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            counts |= json.loads((self.folder / "resumes.json").read_bytes())
         counts["resumes"] += step >= 0
         counts["steps_replayed"] += max(begun - max(step, 0), 0)
         if begun or step >= 0:
@@ -286,6 +288,13 @@ class Checkpoints:
         file.write_bytes(max(step, 0).to_bytes(8, "little"))
         with open(file, "r+b") as opened:
             self._counter = mmap.mmap(opened.fileno(), 8)
+
+    def at_the_beginning(self, hooks: list[Any]) -> list[Any]:
+        """Returns what hooks remembered when the run was first begun here."""
+        file = self.folder / "begun.json"
+        if jax.process_index() == 0 and not file.exists():
+            write_json(file, _split(hooks, None))
+        return _join(json.loads(file.read_bytes()), {}) if file.exists() else hooks
 
     def begin_step(self, step: int) -> None:
         """Notes, where even a killed process leaves it, that a step is begun."""
@@ -333,12 +342,12 @@ class Checkpoints:
           OSError: the checkpoint before it could not be written.
         """
         self.wait()
-        copy, finite = _copy(state)
+        copy, finite = _copy(state, self._odd)
         if not finite:
             raise NonFiniteError(
                 f"Checkpoints: the state after step {step} is not finite, in "
-                f"{_where_not_finite(state)}; it is not saved, and "
-                f"{self.describe_last()}"
+                f"{', '.join(sorted(set(not_finite(state)) - self._odd))}; it is not "
+                f"saved, and {self.describe_last()}"
             )
         if best is not None:
             self._best = {"metric": self.best, "value": best, "step": step}
@@ -350,7 +359,7 @@ class Checkpoints:
         try:
             half = begin_together(folder)
             # Orbax copies to the host before it returns, and writes meanwhile.
-            writing = orbax().save_async(str(half / ARRAYS), arrays)
+            writing = orbax().save_async(str(half / ARRAYS), storable(arrays))
         except Exception as error:
             raise self._failed(step, error) from error
         assert self._thread is not None
@@ -433,7 +442,7 @@ class Checkpoints:
         found = []
         for path in self.folder.glob("step_*"):
             digits = path.name.removeprefix("step_")
-            if digits.isdecimal():
+            if len(digits) >= 9 and digits.isdecimal():
                 found.append(int(digits))
         return sorted(found)
 
@@ -473,39 +482,71 @@ def _say(text: str) -> None:
     print(f"checkpoints: {text}", file=sys.stderr, flush=True)
 
 
-@jax.jit
-def _copy_and_check(tree: PyTree) -> tuple[PyTree, Any]:
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    finite = [jnp.all(jnp.isfinite(x)) for x in floats]
+@partial(jax.jit, static_argnums=1)
+def _copy_and_check(tree: PyTree, odd: frozenset[str]) -> tuple[PyTree, Any]:
+    finite = [
+        jnp.all(jnp.isfinite(x))
+        for name, x in name_leaves(tree).items()
+        if jnp.issubdtype(x.dtype, jnp.inexact) and name not in odd
+    ]
     copy = jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
     return copy, jnp.all(jnp.array(finite)) if finite else jnp.array(True)
 
 
-def _copy(state: PyTree) -> tuple[PyTree, bool]:
-    """Copies a state, whose memory the next step takes; tells whether it is finite."""
-    copy, finite = _copy_and_check(state)
+def _copy(state: PyTree, odd: frozenset[str]) -> tuple[PyTree, bool]:
+    """Copies a state, whose memory the next step takes; tells whether it is finite.
+
+    What was not finite at the beginning, as a mask of minus infinity, need not be.
+    """
+    copy, finite = _copy_and_check(state, odd)
     return copy, bool(finite)
 
 
-def _where_not_finite(state: PyTree) -> str:
-    for name, leaf in name_leaves(state).items():
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.isfinite(leaf).all():
-            return name
-    return "no leaf by now"
+def not_finite(state: PyTree) -> list[str]:
+    """Names the leaves that are not finite throughout."""
+    return [
+        name
+        for name, leaf in name_leaves(state).items()
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.isfinite(leaf).all()
+    ]
+
+
+def _unused(folder: Path) -> Path:
+    """Names a damaged folder."""
+    aside, number = folder.with_name(folder.name + ".damaged"), 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.damaged{number}")
+    return aside
 
 
 def _prefixed(state: PyTree) -> dict[str, Any]:
     return {f"state/{name}": leaf for name, leaf in name_leaves(state).items()}
 
 
-def _split(value: Any, arrays: dict[str, Any]) -> Any:
-    """Takes the arrays out of nested dicts and lists; leaves their names there."""
-    if isinstance(value, jax.Array | np.ndarray):
+def _split(value: Any, arrays: dict[str, Any] | None) -> Any:
+    """Takes JAX's arrays out of nested dicts and lists; leaves their names there.
+
+    NumPy's stay, as text: JAX would change their dtypes. Without ``arrays`` all do.
+    """
+    if isinstance(value, jax.Array) and arrays is not None and value.size:
         name = f"other/{len(arrays)}"
         arrays[name] = jnp.array(value, copy=True)
         return {"__array__": name}
+    if isinstance(value, np.ndarray | jax.Array):
+        array = np.asarray(value)
+        if array.dtype.hasobject:
+            raise ValueError("Checkpoints: cannot save an array of Python objects")
+        text = base64.b64encode(array.tobytes()).decode()
+        kind = "__numpy__" if isinstance(value, np.ndarray) else "__jax__"
+        return {kind: [array.dtype.name, list(array.shape), text]}
     if isinstance(value, Mapping):
-        return {str(key): _split(item, arrays) for key, item in value.items()}
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError(
+                f"Checkpoints: cannot save a dict with the keys {list(value)}; the "
+                "keys of a hook's or an iterator's state must be strings"
+            )
+        return {key: _split(item, arrays) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_split(item, arrays) for item in value]
     return _plain(value)
@@ -515,6 +556,11 @@ def _join(value: Any, arrays: Mapping[str, Any]) -> Any:
     if isinstance(value, dict):
         if set(value) == {"__array__"}:
             return arrays[value["__array__"]]
+        for kind, make in (("__numpy__", np.array), ("__jax__", jnp.array)):
+            if set(value) == {kind}:
+                dtype, shape, text = value[kind]
+                data = np.frombuffer(base64.b64decode(text), jnp.dtype(dtype))
+                return make(data.reshape(shape))
         if set(value) == {"__float__"}:
             return float(value["__float__"])
         if set(value) == {"__bytes__"}:
@@ -540,6 +586,7 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
     raise ValueError(
-        f"Checkpoints: cannot save a {type(value).__name__}; a hook's or an iterator's "
-        "state must be of dicts, lists, numbers, strings and arrays"
+        f"Checkpoints: cannot save a {type(value).__name__}; the identity, and the "
+        "state of hooks and iterators, must be of dicts, lists, numbers, strings and, "
+        "but for the identity, arrays"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -34,11 +36,21 @@ def write_json(path: Path, value: Any) -> None:
 
 def sync(path: Path) -> None:
     """Waits until a file, or the entries of a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # where folders cannot be opened
-    handle = os.open(path, os.O_RDONLY)
+    if path.is_dir():
+        # Some systems cannot open a folder, or have no fsync of one.
+        with contextlib.suppress(PermissionError):
+            _fsync(path, os.O_RDONLY)
+    else:
+        _fsync(path, os.O_RDWR)
+
+
+def _fsync(path: Path, mode: int) -> None:
+    handle = os.open(path, mode)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(handle)
 
@@ -52,6 +64,8 @@ def begin(folder: Path) -> Path:
     half = part_of(folder)
     if half.exists():
         shutil.rmtree(half)
+    if folder.exists() and former_of(folder).exists():
+        shutil.rmtree(former_of(folder))
     half.mkdir()
     return half
 
@@ -101,15 +115,15 @@ def verify(folder: Path) -> None:
         expected = dict(json.loads(text)["sha256"].items())
     except FileNotFoundError:
         raise Damaged(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{MANIFEST} cannot be read") from None
     if not expected or not text.endswith(b"}\n"):
         raise Damaged(f"{MANIFEST} is not whole")
     for name, digest in expected.items():
         try:
             found = sha256(folder / name)
-        except (OSError, ValueError):
-            raise Damaged(f"{name} is missing, or cannot be read") from None
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+            raise Damaged(f"{name} is missing") from None
         if found != digest:
             raise Damaged(f"{name} has other bytes than were written")
 
@@ -127,7 +141,7 @@ class Lock:
     a process the last one that asked has it.
     """
 
-    _held: ClassVar[dict[Path, IO[str]]] = {}
+    _held: ClassVar[dict[Path, tuple[IO[str], int]]] = {}
 
     def __init__(self, folder: Path, where: str) -> None:
         """Takes the lock.
@@ -135,17 +149,20 @@ class Lock:
         Raises:
           InUse: another process has it.
         """
-        self._path = folder.resolve() / "lock"
+        self._path: Path | None = folder.resolve() / "lock"
         if self._path in self._held:
-            self._file = self._held[self._path]
+            file, count = self._held[self._path]
+            self._held[self._path] = file, count + 1
             return
         file = open(self._path, "a+")  # noqa: SIM115
         try:
             _lock(file)
-        except OSError:
+        except OSError as error:
             file.seek(0)
             owner = file.read().strip() or "unknown"
             file.close()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+                raise OSError(f"{where}: {folder} cannot be locked ({error})") from None
             raise InUse(
                 f"{where}: another run, of process {owner}, is at work in {folder}; "
                 "wait for its end, or choose another folder"
@@ -153,13 +170,30 @@ class Lock:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        self._file = self._held[self._path] = file
+        self._held[self._path] = file, 1
 
     def release(self) -> None:
-        """Gives the lock back."""
-        if self._held.get(self._path) is self._file:
-            del self._held[self._path]
-        self._file.close()
+        """Gives the lock back, once all that this process took are given back."""
+        path, self._path = self._path, None
+        if path is None or path not in self._held:
+            return
+        file, count = self._held[path]
+        if count > 1:
+            self._held[path] = file, count - 1
+        else:
+            del self._held[path]
+            file.close()
+
+
+def _forget() -> None:
+    """In a child that was forked: else it would keep the lock of its dead parent."""
+    for file, _ in Lock._held.values():
+        os.close(file.fileno())
+    Lock._held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def _lock(file: IO[str]) -> None:

@@ -33,7 +33,9 @@ def fingerprint(batches: Any) -> dict[str, Any]:
     nodes = list(_nodes(batches))
     if hasattr(batches, "_parents"):
         found["transformations"] = [_describe(node) for node in nodes]
-    if hasattr(batches, "__getitem__") and hasattr(batches, "__len__"):
+    if isinstance(batches, Sequence) or (
+        hasattr(batches, "_parents") and hasattr(batches, "__getitem__")
+    ):
         found["length"] = length = len(batches)
         # The first epoch's first, second and middle batch, and the second's first.
         epoch = len(nodes[-1])
@@ -82,8 +84,15 @@ def hash_tree(tree: Any) -> str:
         array = np.asarray(leaf)
         about = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
         digest.update(about.encode())
+        if array.dtype.hasobject:  # of which the bytes are addresses
+            array = np.array([_plain(item) for item in array.ravel().tolist()])
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def _plain(item: Any) -> str:
+    known = isinstance(item, str | bytes | int | float | bool | None)
+    return repr(item) if known else type(item).__name__
 
 
 def _whole(array: jax.Array) -> Any:

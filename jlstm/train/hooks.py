@@ -14,12 +14,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jlstm.train.loop import Hook, Report
+from jlstm.train.files import sync
+from jlstm.train.loop import Hook, Report, kind_of
 from jlstm.train.step import EvalStep, evaluate
 from jlstm.types import PyTree
 
@@ -65,10 +66,9 @@ class _Every:
             self._hook(report)
             self._done = report.step
 
-    def begin(self) -> None:
-        begin = getattr(self._hook, "begin", None)
-        if begin is not None:
-            begin()
+    @property
+    def kind(self) -> str:
+        return f"every {self._n}: {kind_of(self._hook)}"
 
     def get_state(self) -> dict[str, Any]:
         inner = getattr(self._hook, "get_state", None)
@@ -302,7 +302,6 @@ class _Lined:
 
     path: Path
     begun: bool = False
-    bytes: int = 0
 
     def __call__(self, report: Report) -> None:
         record: dict[str, Any] = {"step": report.step}
@@ -323,24 +322,28 @@ class _Lined:
             with open(self.path, "rb+") as stream:
                 stream.seek(0, os.SEEK_END)
                 stream.write(line)
-                self.bytes = stream.tell()
         except OSError as error:
             raise OSError(
                 f"write_jsonl: {self.path} cannot be written ({error.strerror})"
             ) from error
 
-    def begin(self) -> None:
-        # What a run left that was killed before its first checkpoint.
-        self.path.unlink(missing_ok=True)
-
     def get_state(self) -> dict[str, Any]:
-        return {"bytes": self.bytes}
+        if not self.path.exists():
+            return {"bytes": 0}
+        sync(self.path)  # a checkpoint counts on it
+        return {"bytes": self.path.stat().st_size}
 
     def set_state(self, state: dict[str, Any], report: Report) -> None:
         del report
-        self.bytes = state["bytes"]
-        if self.path.exists() and self.path.stat().st_size > state["bytes"]:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size > state["bytes"]:
             os.truncate(self.path, state["bytes"])
+        elif size < state["bytes"]:
+            warnings.warn(
+                f"write_jsonl: {self.path} has lost lines: it has {size} bytes, not "
+                f"the {state['bytes']} that it had when the run was saved",
+                stacklevel=2,
+            )
 
 
 def _cut_half_line(file: IO[bytes]) -> None:
@@ -371,6 +374,7 @@ class _Board:
     library: Any
     purge: int | None = None
     writer: Any = None
+    optional: ClassVar[bool] = True  # a run may go on with or without it
 
     def __call__(self, report: Report) -> None:
         if self.writer is None:

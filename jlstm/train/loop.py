@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
+from jlstm.train.checkpoint import barrier
 from jlstm.train.checkpoints import Checkpoints
 from jlstm.train.fingerprint import fingerprint
 from jlstm.train.losses import divide, sum_metrics
@@ -82,8 +83,7 @@ def fit(
     Exactly one batch is read a step. What ``iter(batches)`` returns is asked for its
     place by ``get_state()`` and put there by ``set_state(place)``, as ``grain``'s
     iterators can be; of others, the batches that were read are read again. A hook that
-    has ``get_state()`` and ``set_state(state, report)`` is saved and restored likewise;
-    one that has ``begin()`` has it called where a run with checkpoints begins anew.
+    has ``get_state()`` and ``set_state(state, report)`` is saved and restored likewise.
 
     With checkpoints, SIGTERM and SIGINT (Ctrl-C) finish the step, save, and raise
     :class:`Interrupted`, which ends the process with code 143 or 130; hooks and a wait
@@ -131,6 +131,11 @@ def fit(
             f"fit: hooks must be a sequence, got the one hook {hooks!r}; write "
             "hooks=[hook]"
         )
+    if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
+        raise ValueError(
+            f"fit: checkpoints must be a Checkpoints, got {checkpoints!r}; write "
+            "checkpoints=train.Checkpoints(folder)"
+        )
     check_alive("fit", state)
     together = checkpoints is not None and jax.process_count() > 1
     run = _Run(
@@ -138,18 +143,23 @@ def fit(
         train_step=train_step,
         batches=batches,
         num_steps=num_steps,
-        hooks=hooks,
+        hooks=list(hooks),
         log_every=log_every,
         checkpoints=checkpoints,
         max_skipped=max_skipped,
-        signals=Signals(listen=checkpoints is not None and not together),
+        signals=Signals(
+            listen=checkpoints is not None and not together, forward=together
+        ),
         together=together,
     )
+    failed = True
     try:
         with run.signals:
-            return run.go()
+            report = run.go()
+        failed = False
     finally:
-        run.close()
+        run.close(failed=failed)
+    return report
 
 
 @dataclasses.dataclass
@@ -183,10 +193,11 @@ class _Run:
         self.report = Report(self.step, self.num_steps, self.state)
         iterator = iter(self.batches)
         self.place = _place_of(iterator, None)
-        resumed = self.checkpoints is not None and self._restore(iterator)
         self.first = self.step
-        self.clock = time.perf_counter()
         try:
+            resumed = self.checkpoints is not None and self._restore(iterator)
+            self.first = self.step
+            self.clock = time.perf_counter()
             while True:
                 if self._report_is_due():
                     self._report()
@@ -195,16 +206,16 @@ class _Run:
                     break
                 self._take_step(iterator, resumed)
         except Cut:
-            pass
+            if self.signals.received is None:  # meant for a fit around this one
+                raise
         if self.checkpoints is not None:
             self._save_at_the_end()
-        if self.signals.received is not None and not self.report.last:
-            self._end_early()
-        if self.checkpoints is not None:
+            if self.signals.received is not None:
+                self._end_early()
             self.checkpoints.last_state = self.report.state
         return self.report
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Closes hooks and checkpoints, all of them, whatever goes wrong."""
         closing = [getattr(hook, "close", None) for hook in self.hooks]
         if self.checkpoints is not None:
@@ -214,9 +225,9 @@ class _Run:
             try:
                 if close is not None:
                     close()
-            except Exception as error:
+            except BaseException as error:
                 problem = problem or error
-        if problem is not None and sys.exc_info()[0] is None:
+        if problem is not None and not failed:
             raise problem
 
     # One step.
@@ -276,13 +287,15 @@ class _Run:
         for number, metrics in enumerate(fetched, before + 1):
             if metrics.get("skipped"):
                 self.skipped += 1
-                self.skipped_in_a_row += 1
+                # A loss scale that has room to fall is still being looked for.
+                self.skipped_in_a_row += not metrics.get("loss_scale", 1) > 1
             else:
                 self.skipped_in_a_row = 0
             if self.skipped_in_a_row > self.max_skipped:
                 raise NonFiniteError(self._skipped_text(number))
         taken = [m for m in fetched if not m.get("skipped")]
-        self.sums = sum_metrics(taken, self.sums)
+        nothing = {name: (0.0, 0.0) for metrics in fetched for name in metrics}
+        self.sums = sum_metrics(taken, nothing | self.sums)
         self.sums.pop("skipped", None)
         self.window = []
         now = time.perf_counter()
@@ -298,9 +311,9 @@ class _Run:
             self.checkpoints.wait()
             kept = f"; {self.checkpoints.describe_last()}"
         return (
-            f"fit: the loss or its gradient is not finite in {steps}, which changed "
-            f"nothing{kept}; make_train_step(debug_nans=True), or --debug-nans, finds "
-            "the operation"
+            f"fit: the loss, its gradient or the carry is not finite in {steps}, which "
+            f"changed nothing{kept}; make_train_step(debug_nans=True), or "
+            "--debug-nans, finds the operation"
         )
 
     def _report(self) -> None:
@@ -317,10 +330,14 @@ class _Run:
             stop=self._stop_text() if self.ended else None,
             skipped=self.skipped,
         )
-        self.before_hooks = [_state_of(hook) for hook in self.hooks]
+        self.before_hooks = self._hook_states()
         with self.signals.cutting(f"in the hooks of step {self.step}"):
-            for hook in self.hooks:
-                hook(report)
+            try:
+                for hook in self.hooks:
+                    hook(report)
+            except Interrupted as inner:  # of a fit in a hook
+                self.signals.received = inner.number
+                raise Cut from None
         self.before_hooks = None
         self.report, self.sums = report, {}
         self.window_steps, self.window_seconds = 0, 0.0
@@ -332,9 +349,9 @@ class _Run:
         assert self.checkpoints is not None
         found = self.checkpoints.open(self.state, fingerprint(self.batches))
         if found is None:
-            for hook in self.hooks:
-                if hasattr(hook, "begin"):
-                    hook.begin()  # type: ignore[attr-defined]
+            # What hooks write to files is cut back to what was there before.
+            states = self.checkpoints.at_the_beginning(self._hook_states())
+            self._restore_hooks(states)
             return False
         record = found.record
         self.state, self.step = found.state, found.step
@@ -344,12 +361,43 @@ class _Run:
         self.report = Report(
             **record["report"], num_steps=self.num_steps, state=self.state
         )
-        for hook, saved in zip(self.hooks, record["hooks"], strict=True):
-            if saved is not None:
-                hook.set_state(saved, self.report)  # type: ignore[attr-defined]
+        self._restore_hooks(record["hooks"])
+        if self._report_is_due():
+            self.checkpoints.saved_step = None  # another is due after it
         if not self.report.last:
-            _put(iterator, self.place)
+            with self.signals.cutting("putting the data where they were"):
+                _put(iterator, self.place)
         return True
+
+    def _hook_states(self) -> list[dict[str, Any]]:
+        """Asks all hooks that have one for their state, of which it keeps nothing."""
+        return [
+            {"kind": kind_of(hook), "state": frozen(hook.get_state())}  # type: ignore[attr-defined]
+            for hook in self.hooks
+            if hasattr(hook, "get_state")
+        ]
+
+    def _restore_hooks(self, saved: list[dict[str, Any]]) -> None:
+        left = list(saved)
+        for hook in (hook for hook in self.hooks if hasattr(hook, "set_state")):
+            kind = kind_of(hook)
+            entry = next((entry for entry in left if entry["kind"] == kind), None)
+            if entry is not None:
+                left.remove(entry)
+                hook.set_state(entry["state"], self.report)  # type: ignore[attr-defined]
+            elif not getattr(hook, "optional", False):
+                self._refuse_hooks(saved)
+        # Only the first process writes files, and has hooks that do.
+        needed = [entry for entry in left if entry["kind"] != "_Board"]
+        if needed and jax.process_index() == 0:
+            self._refuse_hooks(saved)
+
+    def _refuse_hooks(self, saved: list[dict[str, Any]]) -> None:
+        was = [entry["kind"] for entry in saved]
+        now = [kind_of(hook) for hook in self.hooks if hasattr(hook, "set_state")]
+        raise ValueError(
+            f"fit: the run was saved with the hooks {was}, and cannot go on with {now}"
+        )
 
     def _save_if_due(self) -> None:
         if self.checkpoints is None:
@@ -367,7 +415,7 @@ class _Run:
         self._fetch()
         hooks = self.before_hooks
         if hooks is None:
-            hooks = [_state_of(hook) for hook in self.hooks]
+            hooks = self._hook_states()
         report = {
             field.name: getattr(self.report, field.name)
             for field in dataclasses.fields(Report)
@@ -382,6 +430,7 @@ class _Run:
         if self.checkpoints.saved_step != self.step or self.before_hooks is not None:
             self._save()
         self.checkpoints.wait()
+        barrier("jlstm_end")
 
     def _end_early(self) -> None:
         number = self.signals.received or 0
@@ -389,7 +438,9 @@ class _Run:
         raise Interrupted(
             number,
             f"ended by a signal after step {self.step} of {self.num_steps}, saved in "
-            f"{self.checkpoints.folder}; the same command goes on from there",
+            f"{self.checkpoints.folder}; the same command goes on from there"
+            if self.checkpoints.steps()
+            else "ended by a signal before the first step",
         )
 
 
@@ -408,20 +459,34 @@ _REMEMBERED = (
 def _place_of(iterator: Any, before: Any) -> Any:
     """Returns the place of the next batch, given that of the one before it."""
     get_state = getattr(iterator, "get_state", None)
-    if get_state is not None:
-        return get_state()
+    if get_state is not None and hasattr(iterator, "set_state"):
+        return frozen(get_state())
     return {"batches_read": 0 if before is None else before["batches_read"] + 1}
 
 
 def _put(iterator: Any, place: Any) -> None:
-    set_state = getattr(iterator, "set_state", None)
-    if set_state is not None:
-        set_state(place)
+    if hasattr(iterator, "get_state") and hasattr(iterator, "set_state"):
+        iterator.set_state(place)
         return
-    for _ in range(place["batches_read"]):
-        next(iterator, None)
+    for number in range(place["batches_read"]):
+        try:
+            next(iterator)
+        except StopIteration:
+            raise ValueError(
+                f"fit: the batches end after {number}, but {place['batches_read']} "
+                "were read when the run was saved; give the same ones from their start"
+            ) from None
 
 
-def _state_of(hook: Any) -> Any:
-    get_state = getattr(hook, "get_state", None)
-    return None if get_state is None else get_state()
+def kind_of(hook: Any) -> str:
+    """Names a hook's type, and that of the hook in it."""
+    return getattr(hook, "kind", type(hook).__name__)
+
+
+def frozen(value: Any) -> Any:
+    """Copies containers and NumPy arrays, which their owner may change."""
+    if isinstance(value, Mapping):
+        return {key: frozen(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [frozen(item) for item in value]
+    return value.copy() if isinstance(value, np.ndarray) else value

@@ -42,6 +42,7 @@ from typing import Any, Literal, NoReturn, SupportsFloat, TypeVar
 import jax
 import numpy as np
 
+from jlstm.train.checkpoint import by_the_first
 from jlstm.train.checkpoints import Checkpoints, Resume
 from jlstm.train.files import Lock, write_json
 from jlstm.train.fingerprint import difference, hash_tree
@@ -169,7 +170,10 @@ def run(
         code = 3 if isinstance(error, NonFiniteError) else 2
         _exit(str(error) or type(error).__name__, code)
     except Interrupted as interrupted:
-        print(interrupted.message, file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            print(interrupted.message, file=sys.stderr)
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()
         _end(interrupted.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -178,10 +182,9 @@ def run(
 
 def _end(code: Any) -> NoReturn:
     """Ends the process without waiting for threads that are still reading data."""
-    if jax.process_count() > 1:
-        jax.distributed.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 
@@ -248,6 +251,8 @@ def _flatten(box: str) -> str:
 
 def _exit(message: str, code: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
+    if jax.distributed.is_initialized():
+        _end(code)  # the others are not waited for
     sys.exit(code)
 
 
@@ -319,7 +324,7 @@ class Workdir:
         self.metrics = self.metrics_of()
         self.plots = self.path / "plots"
         self._identity = {"experiment": experiment, **_identity(config)}
-        self._claim()
+        by_the_first(self._claim)
         result = self.path / "result.json"
         if result.exists():
             self.result = json.loads(result.read_text())
@@ -329,10 +334,13 @@ class Workdir:
                     "choose another --workdir, or remove this one"
                 )
             print(f"finished: {result} is there, nothing is left to do", flush=True)
-        elif self._chief:
-            self.plots.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "config.json", self._identity)
-            self._note_environment()
+        else:
+            by_the_first(self._begin)
+
+    def _begin(self) -> None:
+        write_json(self.path / "config.json", self._identity)
+        self.plots.mkdir(parents=True, exist_ok=True)
+        self._note_environment()
 
     @property
     def _chief(self) -> bool:
@@ -341,16 +349,15 @@ class Workdir:
     def _claim(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"Workdir: {self.path} is a file, expected a folder")
-        names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
+        found = self.path.iterdir() if self.path.exists() else ()
+        names = {path.name for path in found if path.suffix != ".part"}
         advice = "choose another --workdir, or remove this one"
         if names - {"lock"} and "config.json" not in names:
             raise ValueError(
                 f"Workdir: {self.path} is not empty, but holds no run; {advice}"
             )
-        if self._chief:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = Lock(self.path, "Workdir")
-            weakref.finalize(self, lock.release)
+        self.path.mkdir(parents=True, exist_ok=True)
+        weakref.finalize(self, Lock(self.path, "Workdir").release)
         if "config.json" not in names:
             if self.config.resume == "must":
                 raise ValueError(

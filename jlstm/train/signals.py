@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_listening: list[Signals] = []
 
 
 class Interrupted(SystemExit):
@@ -24,7 +25,7 @@ class Interrupted(SystemExit):
     def __init__(self, number: int, message: str) -> None:
         """Keeps the exit code for a signal."""
         super().__init__(128 + number)
-        self.message = message
+        self.number, self.message = number, message
 
     def __str__(self) -> str:
         return self.message
@@ -42,11 +43,14 @@ class Signals:
       doing: what is under way, which the answer to a signal names.
     """
 
-    def __init__(self, *, listen: bool) -> None:
+    def __init__(self, *, listen: bool, forward: bool = False) -> None:
         self.received: int | None = None
         self.doing = "starting"
         self._doing_then: str | None = None
         self._listen = listen and threading.current_thread() is threading.main_thread()
+        self._forward = forward and (
+            threading.current_thread() is threading.main_thread()
+        )
         self._may_cut = False
         self._old: dict[int, Any] = {}
         self._old_fd = -1
@@ -54,6 +58,9 @@ class Signals:
         self._count = 0
 
     def __enter__(self) -> Signals:
+        if self._forward:
+            # JAX takes note of SIGTERM itself, and tells the other processes.
+            self._old = {signal.SIGINT: signal.signal(signal.SIGINT, _as_sigterm)}
         if self._listen:
             # Python runs handlers between its own instructions only. A compilation is
             # one of them: meanwhile a thread answers, which is woken in C.
@@ -65,15 +72,17 @@ class Signals:
                 self._sockets[1].fileno(), warn_on_full_buffer=False
             )
             self._old = {n: signal.signal(n, self._handle) for n in SIGNALS}
+            _listening.append(self)
             threading.Thread(
                 target=self._answer, args=(self._sockets[0],), daemon=True
             ).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._listen and self._sockets is not None:
-            for number, old in self._old.items():
-                signal.signal(number, old)
+        for number, old in self._old.items():
+            signal.signal(number, old)
+        if self._sockets is not None:
+            _listening.remove(self)
             signal.set_wakeup_fd(self._old_fd)
             for end in self._sockets:
                 with contextlib.suppress(OSError):
@@ -93,15 +102,11 @@ class Signals:
             self._count += 1
             name = signal.Signals(data[0]).name
             if self._count > 1:
-                print(
-                    f"{name} again: ended without saving", file=sys.stderr, flush=True
-                )
+                _say(f"{name} again: ended without saving")
                 os._exit(128 + data[0])
-            print(
+            _say(
                 f"{name}, {self._doing_then or self.doing}: the run will save and end; "
-                "a second signal ends it at once",
-                file=sys.stderr,
-                flush=True,
+                "a second signal ends it at once"
             )
 
     def _handle(self, number: int, _: Any) -> None:
@@ -124,3 +129,26 @@ class Signals:
             yield
         finally:
             self._may_cut = False
+
+
+def _as_sigterm(number: int, _: Any) -> None:
+    del number
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        print(text, file=sys.stderr, flush=True)
+
+
+def _forget() -> None:
+    """In a child that was forked, which is not the run."""
+    if _listening:
+        for number, old in _listening[0]._old.items():
+            signal.signal(number, old)
+        signal.set_wakeup_fd(-1)
+        _listening.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

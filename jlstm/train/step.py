@@ -163,7 +163,10 @@ def make_train_step(
             **new,
         )
         skipped = 1 - finite.astype(jnp.int32)
-        return new, {**metrics, "grad_norm": grad_norm, "skipped": skipped}
+        more = {"grad_norm": grad_norm, "skipped": skipped}
+        if state.loss_scale is not None:
+            more["loss_scale"] = state.loss_scale.scale
+        return new, {**metrics, **more}
 
     donated = donate and not debug_nans
     compile = partial(jax.jit, train_step, donate_argnums=(0,) if donated else ())
@@ -291,9 +294,10 @@ def _wide(leaf: Array) -> Array:
 
 
 def _zero(tree: PyTree) -> Array:
-    """Returns 0, or NaN where a number of the tree is not finite."""
+    """Returns 0, or NaN where the tree has one; infinity may be meant in a carry."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return sum((jnp.sum(0 * _wide(x)) for x in floats), jnp.float32(0))
+    marks = [jnp.where(jnp.isnan(x).any(), jnp.nan, 0.0) for x in floats]
+    return sum(marks, jnp.float32(0))
 
 
 # So many steps in a row that do not overflow double the factor of the loss.
