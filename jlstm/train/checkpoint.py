@@ -150,7 +150,7 @@ def agree(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def name_leaves(tree: PyTree) -> dict[str, Any]:
+def name_leaves(tree: PyTree, where: str = "save") -> dict[str, Any]:
     """Names the leaves by their paths, as in ``params/forward/w_hh``.
 
     A flat dict is independent of how Orbax writes tuples and dataclasses, so that what
@@ -165,7 +165,7 @@ def name_leaves(tree: PyTree) -> dict[str, Any]:
     }
     if len(leaves) < len(named):
         raise ValueError(
-            f"save: {len(named)} leaves have only {len(leaves)} different names; "
+            f"{where}: {len(named)} leaves have only {len(leaves)} different names; "
             "rename those whose path is that of another"
         )
     return leaves

@@ -163,12 +163,9 @@ def _library(where: str) -> Any:
 
 def _named(where: str, tree: PyTree) -> dict[str, Any]:
     """Names the leaves, of which all can be in a file, and none twice."""
-    leaves = name_leaves(tree)
-    if not leaves or len(leaves) < len(jax.tree.leaves(tree)):
-        raise ValueError(
-            f"{where}: expected leaves of different names, got "
-            f"{len(jax.tree.leaves(tree))} with {len(leaves)} different ones"
-        )
+    leaves = name_leaves(tree, where)
+    if not leaves:
+        raise ValueError(f"{where}: the tree has no leaves")
     for name, leaf in leaves.items():
         if name == "__metadata__":
             raise ValueError(f"{where}: a leaf cannot be called {name}; rename it")
