@@ -194,6 +194,7 @@ class _Run:
         iterator = iter(self.batches)
         self.place = _place_of(iterator, None)
         self.first = self.step
+        self.clock = time.perf_counter()
         try:
             resumed = self.checkpoints is not None and self._restore(iterator)
             self.first = self.step
@@ -372,29 +373,39 @@ class _Run:
     def _hook_states(self) -> list[dict[str, Any]]:
         """Asks all hooks that have one for their state, of which it keeps nothing."""
         return [
-            {"kind": kind_of(hook), "state": frozen(hook.get_state())}  # type: ignore[attr-defined]
+            {
+                "kind": kind_of(hook),
+                "optional": getattr(hook, "optional", False),
+                "state": frozen(hook.get_state()),
+            }
+            for hook in self._stateful()
+        ]
+
+    def _stateful(self) -> list[Any]:
+        return [
+            hook
             for hook in self.hooks
-            if hasattr(hook, "get_state")
+            if hasattr(hook, "get_state") and hasattr(hook, "set_state")
         ]
 
     def _restore_hooks(self, saved: list[dict[str, Any]]) -> None:
         left = list(saved)
-        for hook in (hook for hook in self.hooks if hasattr(hook, "set_state")):
+        for hook in self._stateful():
             kind = kind_of(hook)
             entry = next((entry for entry in left if entry["kind"] == kind), None)
             if entry is not None:
                 left.remove(entry)
-                hook.set_state(entry["state"], self.report)  # type: ignore[attr-defined]
+                hook.set_state(entry["state"], self.report)
             elif not getattr(hook, "optional", False):
                 self._refuse_hooks(saved)
         # Only the first process writes files, and has hooks that do.
-        needed = [entry for entry in left if entry["kind"] != "_Board"]
+        needed = any(not entry["optional"] for entry in left)
         if needed and jax.process_index() == 0:
             self._refuse_hooks(saved)
 
     def _refuse_hooks(self, saved: list[dict[str, Any]]) -> None:
         was = [entry["kind"] for entry in saved]
-        now = [kind_of(hook) for hook in self.hooks if hasattr(hook, "set_state")]
+        now = [kind_of(hook) for hook in self._stateful()]
         raise ValueError(
             f"fit: the run was saved with the hooks {was}, and cannot go on with {now}"
         )
