@@ -598,11 +598,18 @@ def test_leaves_of_one_name_are_refused(tmp_path):
         train.save(tmp_path / "x", {"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)})
 
 
+def test_a_metric_that_never_came_is_named(tmp_path):
+    with pytest.warns(UserWarning, match="no report had a number for best='accuracy'"):
+        run(tmp_path / "run", num_steps=3, best="accuracy")
+
+
 def test_bad_options_of_checkpoints_have_one_line(tmp_path):
     with pytest.raises(ValueError, match="every: must be an integer from 1 on"):
         train.Checkpoints(tmp_path, every=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="checkpoints must be a Checkpoints, got 'x'"):
         train.fit(make_state(), STEP, [], num_steps=1, checkpoints="x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="identity: must be a dict, got 'lr'"):
+        train.Checkpoints(tmp_path, identity="lr")  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file, expected a folder"):
         run(tmp_path / "file")

@@ -230,6 +230,14 @@ def test_workdir_of_a_run_that_was_killed_while_it_began(tmp_path):
     assert train.Workdir(config, "add").result is None
 
 
+def test_workdir_of_a_run_without_a_step_takes_another_config(tmp_path):
+    config = Config(workdir=tmp_path / "run")
+    train.Workdir(config, "add")
+    train.Workdir(dataclasses.replace(config, hidden_size=65), "add")
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["hidden_size"] == 65
+
+
 def test_workdir_notes_another_environment(tmp_path, capsys):
     config = Config(workdir=tmp_path / "run")
     path = train.Workdir(config, "add").path

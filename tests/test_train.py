@@ -922,6 +922,8 @@ def test_make_schedule_warms_up_and_ends_where_it_says():
         ({"schedule": "cosine"}, r"schedule: must be one of Constant\(\), .*'cosine'"),
         ({"num_steps": 0}, "num_steps: must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate: must be positive"),
+        ({"learning_rate": train.Linear()}, "learning_rate: must be positive, got Lin"),
+        ({"schedule": train.Linear}, "schedule: must be one of"),
         (
             {"schedule": train.Linear(warmup=1.0)},
             r"schedule.warmup: must lie in \[0, 1",

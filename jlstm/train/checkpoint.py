@@ -251,7 +251,10 @@ def check_types(
                 f"{other}; give like the structure that was saved"
             )
         if got != want:
-            raise ValueError(f"load: {name} in {folder} is {got}, expected {want}")
+            raise ValueError(
+                f"load: {name} in {folder} is {got}, expected {want}; it is of another "
+                "model"
+            )
 
 
 def _stored_type(leaf: Any) -> str:

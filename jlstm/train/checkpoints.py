@@ -24,6 +24,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -131,6 +132,10 @@ class Checkpoints:
           ValueError: one is out of range.
         """
         self.folder = Path(self.folder).absolute()
+        if not isinstance(self.identity, Mapping):
+            raise ValueError(
+                f"Checkpoints.identity: must be a dict, got {self.identity!r}"
+            )
         for name in ("every", "keep"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
@@ -308,6 +313,15 @@ class Checkpoints:
             return False
         old = self._best.get("value")
         return old is None or (value < old if self.mode == "min" else value > old)
+
+    def warn_without_best(self, metrics: Mapping[str, float]) -> None:
+        """Warns at the end of a run that never had the metric ``best``."""
+        if self.best is not None and not self._best:
+            warnings.warn(
+                f"Checkpoints: no report had a number for best={self.best!r}; the last "
+                f"has {sorted(metrics)}",
+                stacklevel=2,
+            )
 
     def due(self, step: int, *, at_report: bool) -> bool:
         """Tells whether it is time to save."""

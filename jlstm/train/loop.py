@@ -15,7 +15,7 @@ from jlstm.train.checkpoint import barrier
 from jlstm.train.checkpoints import Checkpoints
 from jlstm.train.fingerprint import fingerprint
 from jlstm.train.losses import divide, sum_metrics
-from jlstm.train.signals import Cut, Interrupted, Signals
+from jlstm.train.signals import Cut, Interrupted, Signals, say
 from jlstm.train.state import NonFiniteError, TrainState, check_alive
 from jlstm.train.step import Metrics, TrainStep
 
@@ -441,18 +441,22 @@ class _Run:
         if self.checkpoints.saved_step != self.step or self.before_hooks is not None:
             self._save()
         self.checkpoints.wait()
+        if self.report.last:
+            self.checkpoints.warn_without_best(self.report.metrics)
         barrier("jlstm_end")
 
     def _end_early(self) -> None:
         number = self.signals.received or 0
         assert self.checkpoints is not None
-        raise Interrupted(
+        interrupted = Interrupted(
             number,
             f"ended by a signal after step {self.step} of {self.num_steps}, saved in "
             f"{self.checkpoints.folder}; the same command goes on from there"
             if self.checkpoints.steps()
             else "ended by a signal before the first step",
         )
+        say(interrupted.message)
+        raise interrupted
 
 
 # What a checkpoint has of a run, under the names of _Run.

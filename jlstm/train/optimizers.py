@@ -7,6 +7,7 @@ out, and any other optax transformation serves as well.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import get_args
 
@@ -245,11 +246,11 @@ def make_schedule(
       >>> [float(rate(step)) for step in range(5)]
       [1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    if not learning_rate > 0:
+    if not isinstance(learning_rate, numbers.Real) or not learning_rate > 0:
         raise ValueError(f"learning_rate: must be positive, got {learning_rate}")
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"num_steps: must be at least 1, got {num_steps}")
-    if isinstance(schedule, str) or not hasattr(schedule, "fall"):
+    if isinstance(schedule, str | type) or not hasattr(schedule, "fall"):
         names = ", ".join(f"{kind.__name__}()" for kind in get_args(Schedule))
         raise ValueError(f"schedule: must be one of {names}, got {schedule!r}")
     for name, most in (("warmup", 1.0), ("final_fraction", 1.0 + 1e-9)):

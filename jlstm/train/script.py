@@ -170,8 +170,6 @@ def run(
         code = 3 if isinstance(error, NonFiniteError) else 2
         _exit(str(error) or type(error).__name__, code)
     except Interrupted as interrupted:
-        with contextlib.suppress(OSError, ValueError):
-            print(interrupted.message, file=sys.stderr)
         if jax.distributed.is_initialized():
             jax.distributed.shutdown()
         _end(interrupted.code)
@@ -372,6 +370,10 @@ class Workdir:
             raise ValueError(
                 f"Workdir: {self.path} is not empty, but holds no run; {advice}"
             )
+        if names <= {"config.json", "env.json", "lock", "plots", "checkpoints"} and (
+            not any(self.path.glob("checkpoints/**/step*"))
+        ):
+            return  # it took no step
         if lines := difference(old, self._identity):
             raise ValueError(
                 f"Workdir: {self.path} holds another run: {'; '.join(lines)}; {advice}"

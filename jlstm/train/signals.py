@@ -102,9 +102,9 @@ class Signals:
             self._count += 1
             name = signal.Signals(data[0]).name
             if self._count > 1:
-                _say(f"{name} again: ended without saving")
+                say(f"{name} again: ended without saving")
                 os._exit(128 + data[0])
-            _say(
+            say(
                 f"{name}, {self._doing_then or self.doing}: the run will save and end; "
                 "a second signal ends it at once"
             )
@@ -136,8 +136,9 @@ def _as_sigterm(number: int, _: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+def say(text: str) -> None:
+    """Prints a line to stderr, if anybody reads it."""
+    with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
