@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jlstm.train.files import Damaged, begin, former_of, seal, verify
+from jlstm.train.files import Damaged, begin, former_of, part_of, seal, verify
 from jlstm.train.state import type_name
 from jlstm.types import PyTree
 
@@ -105,7 +105,7 @@ def orbax() -> Any:
 
 def begin_together(folder: Path) -> Path:
     """Makes an empty folder beside one that is to be, for all processes."""
-    half = folder.with_name(folder.name + ".part")
+    half = part_of(folder)
     if jax.process_index() == 0:
         begin(folder)
     barrier("jlstm_begin")
