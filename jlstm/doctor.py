@@ -260,6 +260,7 @@ def check_checkpoint(options: Options) -> str:
     from jlstm import train
 
     try:
+        made = _missing(options.folder)
         options.folder.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="jlstm-doctor-", dir=options.folder))
     except OSError as error:
@@ -286,12 +287,22 @@ def check_checkpoint(options: Options) -> str:
             raise Failure("a flipped bit of a checkpoint was not noticed", "report it")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # something else came there meanwhile
+            for parent in made:
+                parent.rmdir()
     return f"saved and loaded bit for bit in {options.folder}, a flipped bit noticed"
+
+
+def _missing(folder: Path) -> list[Path]:
+    """Lists a folder and its parents, as far as they are not there."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def check_disk(options: Options) -> str:
     """Looks for room."""
     existing = next(p for p in (options.folder, *options.folder.parents) if p.exists())
+    if not existing.is_dir():
+        raise Failure(f"{existing} is no folder", "choose another --dir")
     free = shutil.disk_usage(existing).free
     text = f"{free / 2**30:.1f} GiB are free in {options.folder}"
     if free < ROOM:

@@ -115,7 +115,7 @@ def unroll(
             "unroll", f"needs a cell, got the layer {cell!r}; call its apply instead"
         )
     lengths, mask, resets = as_arrays(lengths, mask, resets)
-    _check_xs(cell, xs)
+    check_xs(cell, xs, "unroll")
     _check_shard_map((params, xs, carry))
     given_mask = mask
     mask = valid_steps(xs, lengths=lengths, mask=mask, resets=resets, where="unroll")
@@ -326,14 +326,19 @@ def batch_and_time(xs: PyTree, where: str) -> tuple[int, int]:
     return leaves[0].shape[:2]
 
 
-def _check_xs(cell: Cell, xs: PyTree) -> None:
-    batch_and_time(xs, "unroll")
+def check_xs(cell: Cell, xs: PyTree, where: str) -> None:
+    """Refuses inputs that are no sequences of what a cell takes.
+
+    Raises:
+      ValueError: not ``[B, T, ...]``, with as many feature axes as ``cell.x_ndim``.
+    """
+    batch_and_time(xs, where)
     leaves = jax.tree.leaves(xs)
     features = getattr(cell, "x_ndim", 1)
     if len(leaves) == 1 and leaves[0].ndim != 2 + features:
         expected = "[B, T" + {0: "]", 1: ", D]"}.get(features, ", ...]")
         raise error(
-            "unroll",
+            where,
             f"xs must be {expected}, got shape {leaves[0].shape}; {cell!r} takes x of "
             f"{features} feature dimensions (its attribute x_ndim)",
         )

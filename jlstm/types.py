@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeVar, dataclass_transform, runtime_checkabl
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 PyTree = Any
@@ -283,10 +284,14 @@ class Policy:
             value = getattr(self, field.name)
             if value is None:
                 continue
-            dtype = jnp.dtype(value)
-            if not jnp.issubdtype(dtype, jnp.inexact):
+            try:
+                dtype = jnp.dtype(value)
+            except TypeError:
+                dtype = value
+            if not (isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.inexact)):
                 raise ValueError(
-                    f"Policy.{field.name}: must be a floating dtype, got {dtype.name}"
+                    f"Policy.{field.name}: must be a floating dtype, such as "
+                    f"jnp.bfloat16, got {dtype}"
                 )
             # By name: NumPy's dtype of float64 equals None.
             object.__setattr__(self, field.name, dtype.name)

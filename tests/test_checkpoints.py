@@ -23,6 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jlstm import data, train
+from jlstm.train.checkpoint import orbax
 from jlstm.train.files import InUse
 
 SIZE = 64
@@ -259,8 +260,24 @@ def test_other_bytes_of_the_data_are_noticed(tmp_path):
     batches = data.batches(
         {"x": changed, "bad": np.zeros((SIZE,), bool)}, batch_size=4, seed=0
     )
-    with pytest.raises(ValueError, match=r"source\.x: was 'float32\[64, 3\] sha256"):
+    with pytest.raises(
+        ValueError, match=r"source\.x: was 'float32\[64, 3\] sha256"
+    ) as e:
         run(tmp_path / "run", batches=batches.repeat())
+    assert "data.batches" not in str(e.value)  # hashes, where words are there
+
+
+def test_other_numbers_in_a_list_are_noticed(tmp_path):
+    run(tmp_path / "run", batches=[{"x": EXAMPLES[:4], "bad": False}] * 9, num_steps=5)
+    with pytest.raises(ValueError, match=r"the same in kind and length, but other"):
+        run(tmp_path / "run", batches=[{"x": EXAMPLES[4:8], "bad": False}] * 9)
+
+
+def test_a_run_that_went_further_says_so(tmp_path, capsys):
+    run(tmp_path / "run", num_steps=5)
+    report, _ = run(tmp_path / "run", num_steps=3)
+    assert report.step == 5
+    assert "has taken 5 steps already, more than num_steps=3" in capsys.readouterr().err
 
 
 def test_resume_says_whether_it_must_or_never(tmp_path):
@@ -685,9 +702,7 @@ def test_skipped_steps_are_counted_and_end_a_run(tmp_path):
     for step in checkpoints.steps():
         like = {f"state/{n}": x for n, x in leaves(make_state()).items()}
         folder = tmp_path / "many" / f"step_{step:09d}" / "arrays"
-        saved: Any = __import__("orbax.checkpoint", fromlist=["v1"]).v1.load(
-            str(folder), like
-        )
+        saved: Any = orbax().load(str(folder), like)
         assert all(np.isfinite(saved[n]).all() for n in like if "params" in n)
 
 
@@ -801,7 +816,7 @@ def test_accumulation_equals_the_large_batch(parts):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), *results)
     step = train.make_train_step(loss, tx, accumulate=3)
     start = train.create_state({"w": jnp.ones(3)}, tx, carry=jnp.ones(8))
-    with pytest.raises(ValueError, match="accumulate=3 needs batches, and carries"):
+    with pytest.raises(ValueError, match="accumulate=3 cuts the rows of batches and"):
         step(start, batch)
 
 

@@ -331,6 +331,7 @@ def test_bucketed_drops_only_what_fills_no_batch():
             r"example 1 has the fields \['ys'\]",
         ),
         ({"examples": [{"xs": [1], "ys": [1, 2]}]}, "differ in length: {'xs': 1"),
+        ({"examples": [[1, 2]]}, "must be dicts, got example 0 of type list"),
         ({"examples": [{"id": 3}]}, "none gives the length"),
         ({"examples": [{"xs": [1], "lengths": 3}]}, "rename the fields"),
         ({"static": ["zs"]}, r"name \['zs'\]"),

@@ -21,7 +21,7 @@ def test_all_is_well_here(tmp_path, capsys):
     assert len(printed.splitlines()) == len(doctor.CHECKS)
     assert "loop equals NumPy up to" in printed
     assert "a flipped bit noticed" in printed
-    assert not list((tmp_path / "new").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -39,9 +39,13 @@ def test_failures_have_a_line_and_the_exit_code(tmp_path, capsys, monkeypatch):
     assert code == 1
     assert "FAIL versions: optax is " in printed
     assert 'run pip install --upgrade "optax>=99.0"' in printed
-    assert "FAIL disk: " in printed
+    assert f"FAIL disk: {tmp_path / 'new'} is no folder" in printed
     assert "FAIL checkpoint: " in printed
     assert "cannot be written" in printed
+    (tmp_path / "new").unlink()
+    _, printed = run(tmp_path, capsys, "--no-processes")
+    assert "FAIL disk: " in printed
+    assert "GiB are free" in printed
 
 
 def test_the_oracle_of_the_doctor_has_the_gradient_of_finite_differences():

@@ -355,7 +355,7 @@ MISTAKES = {
     "an integer dtype in a policy": Mistake(
         lambda: jlstm.Policy(compute=jnp.int32),
         ValueError,
-        "Policy.compute: must be a floating dtype, got int32",
+        "Policy.compute: must be a floating dtype, such as jnp.bfloat16, got int32",
     ),
     "a rate of one": Mistake(
         lambda: jlstm.Dropout(1.0),
@@ -489,6 +489,16 @@ MISTAKES = {
         ).init(KEY, TOKENS),
         ValueError,
         "Pretrained: expected an array of shape [7, 3], got [6, 3]; match ...",
+    ),
+    "inputs without an axis of time": Mistake(
+        lambda: jlstm.RNN(LSTM).init(KEY, XS[:, 0]),
+        ValueError,
+        "RNN.init: xs must be [B, T, D], got shape (2, 3); LSTM(4) takes x of 1 ...",
+    ),
+    "a dtype by a name that is none": Mistake(
+        lambda: jlstm.Policy(compute="bf16"),
+        ValueError,
+        "Policy.compute: must be a floating dtype, such as jnp.bfloat16, got bf16",
     ),
     "an impossible time": Mistake(
         lambda: jlstm.init.Chrono(2), ValueError, "Chrono.max_time: must be >= 3, got 2"

@@ -63,6 +63,8 @@ class Config(train.Options):
     """Width of each layer."""
     rates: tuple[float, ...] = (0.1,)
     """Learning rates."""
+    rate: train.Schedule = dataclasses.field(default_factory=train.Constant)
+    """How they fall."""
 
 
 PRESETS = {"smoke": Config(hidden_size=8), "cpu": Config()}
@@ -102,7 +104,12 @@ def test_run_takes_the_first_preset_and_overrides_fields():
     [
         (["--preset", "gpu"], "error: --preset: 'gpu' is not one of smoke, cpu"),
         (["--preset"], "expected one argument"),
-        (["--hiden-size", "3"], "Unrecognized options: --hiden-size"),
+        (
+            ["--hiden-size", "3"],
+            "options: --hiden-size, 3; did you mean --hidden-size?",
+        ),
+        (["--rate", "linear"], "did you mean rate:linear?"),
+        (["rate:liner"], "did you mean rate:linear?"),
         (["--hidden-size", "q"], "--hidden-size: invalid literal for int"),
         (["extra"], "Unrecognized options: extra"),
     ],
@@ -114,6 +121,7 @@ def test_run_refuses_bad_options_in_one_line(argv, message, capsys):
     assert stop.value.code == 2
     assert message in captured.err
     assert captured.err.startswith("error: ")
+    assert "---" not in captured.err  # of tyro's frame
     assert captured.err.count("\n") == 1
     assert not captured.out
 

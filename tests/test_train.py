@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -630,13 +630,42 @@ def test_fit_refuses_bad_input():
     state, step = make_run()
     with pytest.raises(ValueError, match="fit: batches is empty"):
         train.fit(state, step, [], num_steps=3)
-    with pytest.raises(ValueError, match="fit: num_steps must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="fit: num_steps must be a positive int, got 0"
+    ):
         train.fit(state, step, [], num_steps=0)
     with pytest.raises(ValueError, match="fit: log_every"):
         train.fit(state, step, [], num_steps=1, log_every=0)
     one_hook: Any = print
     with pytest.raises(ValueError, match=r"fit: hooks must be .* write hooks=\[hook\]"):
         train.fit(state, step, [], num_steps=1, hooks=one_hook)
+    for hooks in ([None], [print, 3]):
+        with pytest.raises(ValueError, match="fit: hooks must be callable, got "):
+            train.fit(state, step, [], num_steps=1, hooks=cast(Any, hooks))
+
+
+def test_what_is_no_state_step_or_transformation_is_refused():
+    state, step = make_run()
+    eval_step = train.make_eval_step(linear_loss)
+    any_fit, any_evaluate = cast(Any, train.fit), cast(Any, train.evaluate)
+    batch = make_batch(4)
+    with pytest.raises(
+        ValueError, match=r"fit: state must be a TrainState, got a dict"
+    ):
+        any_fit(state.params, step, [batch], num_steps=1)
+    for wrong in (linear_loss, eval_step, 3):
+        with pytest.raises(ValueError, match=r"step from make_train_step, called with"):
+            any_fit(state, wrong, [batch], num_steps=1)
+    for wrong in (linear_loss, step):
+        with pytest.raises(ValueError, match=r"step from make_eval_step, called with"):
+            any_evaluate(wrong, state.params, [batch])
+    with pytest.raises(ValueError, match=r"for params; give state\.params"):
+        train.evaluate(eval_step, state, [batch])
+    for call in (train.create_state, train.make_train_step):
+        with pytest.raises(ValueError, match="tx must be an optax transformation, got"):
+            cast(Any, call)(linear_loss, "adam")
+    # A step of one's own, and one that does not tell what it takes.
+    train.fit(state, lambda *args: step(*args), [batch], num_steps=1)
 
 
 def test_fit_warns_where_batches_end_early_and_no_hook_shows_it():

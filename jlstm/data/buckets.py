@@ -157,6 +157,11 @@ def _field_kinds(
     example: Example, own_lengths: Collection[str], static: Collection[str]
 ) -> dict[str, str | None]:
     """Tells for each field where its length counts; ``None`` if it has no time."""
+    if not isinstance(example, Mapping):
+        raise ValueError(
+            "bucketed: examples must be dicts, got example 0 of type "
+            f"{type(example).__name__}; write [{{name: value, ...}}, ...]"
+        )
     unknown = sorted({*own_lengths, *static} - set(example))
     if unknown:
         raise ValueError(

@@ -200,6 +200,7 @@ class RNN:
         """Makes the cell's params for inputs like ``xs [B, T, D]``."""
         door.batch_and_time(xs, "RNN.init")
         _check_floating("RNN.init", self.cell, xs)
+        door.check_xs(self.cell, xs, "RNN.init")
 
         # Only shape and dtype of a step count, and T may be 0.
         def first(leaf: Any) -> Array:

@@ -46,9 +46,7 @@ from jlstm.train.plots import plot_metrics, read_jsonl
 from jlstm.train.projected import projected_cross_entropy
 from jlstm.train.script import (
     Options,
-    Workdir,
     describe,
-    environment,
     indifferent,
     run,
 )
@@ -62,6 +60,7 @@ from jlstm.train.step import (
     make_train_step,
 )
 from jlstm.train.weights import load_weights, save_weights
+from jlstm.train.workdir import Workdir, environment
 
 __all__ = [
     "Aux",

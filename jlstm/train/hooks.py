@@ -243,6 +243,7 @@ class _Stop:
     patience: int
     seen: bool = False
     misses: int = 0
+    kind: ClassVar[str] = "early_stopping"
 
     def __call__(self, report: Report) -> None:
         metric, best = self.best.metric, self.best
@@ -302,6 +303,7 @@ class _Lined:
 
     path: Path
     begun: bool = False
+    kind: ClassVar[str] = "write_jsonl"
 
     def __call__(self, report: Report) -> None:
         record: dict[str, Any] = {"step": report.step}
@@ -375,6 +377,7 @@ class _Board:
     purge: int | None = None
     writer: Any = None
     optional: ClassVar[bool] = True  # a run may go on with or without it
+    kind: ClassVar[str] = "write_tensorboard"
 
     def __call__(self, report: Report) -> None:
         if self.writer is None:

@@ -17,7 +17,7 @@ from jlstm.train.fingerprint import fingerprint
 from jlstm.train.losses import divide, sum_metrics
 from jlstm.train.signals import Cut, Interrupted, Signals, say
 from jlstm.train.state import NonFiniteError, TrainState, check_alive
-from jlstm.train.step import Metrics, TrainStep
+from jlstm.train.step import Metrics, TrainStep, check_takes
 
 
 @dataclasses.dataclass
@@ -122,8 +122,8 @@ def fit(
       >>> report = train.fit(state, step, [jnp.ones(4)] * 9, num_steps=9)
     """
     for name, value in (("num_steps", num_steps), ("log_every", log_every)):
-        if value < 1:
-            raise ValueError(f"fit: {name} must be at least 1, got {value}")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"fit: {name} must be a positive int, got {value!r}")
     if max_skipped < 0:
         raise ValueError(f"fit: max_skipped must be 0 or more, got {max_skipped}")
     if callable(hooks):
@@ -131,11 +131,20 @@ def fit(
             f"fit: hooks must be a sequence, got the one hook {hooks!r}; write "
             "hooks=[hook]"
         )
+    for hook in hooks:
+        if not callable(hook):
+            raise ValueError(f"fit: hooks must be callable, got {hook!r}")
     if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
         raise ValueError(
             f"fit: checkpoints must be a Checkpoints, got {checkpoints!r}; write "
             "checkpoints=train.Checkpoints(folder)"
         )
+    if not isinstance(state, TrainState):
+        raise ValueError(
+            f"fit: state must be a TrainState, got a {type(state).__name__}; make one "
+            "with create_state(params, tx)"
+        )
+    check_takes("fit", train_step, state=state, batch=None)
     check_alive("fit", state)
     together = checkpoints is not None and jax.process_count() > 1
     run = _Run(
@@ -356,6 +365,11 @@ class _Run:
             return False
         record = found.record
         self.state, self.step = found.state, found.step
+        if self.step > self.num_steps:
+            say(
+                f"fit: the run has taken {self.step} steps already, more than "
+                f"num_steps={self.num_steps}; nothing is left to do"
+            )
         for name in _REMEMBERED:
             setattr(self, name, record[name])
         self.sums = {k: (a, b) for k, (a, b) in record["sums"].items()}

@@ -1,4 +1,4 @@
-"""What every experiment shares: its command line, and the folder of a run.
+"""What every experiment shares: its options, and how it begins and ends.
 
 ::
 
@@ -23,39 +23,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
-import importlib.metadata
+import difflib
 import io
-import json
 import os
-import platform
-import shutil
+import re
 import sys
-import tempfile
-import time
 import traceback
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn, SupportsFloat, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
-import numpy as np
 
-from jlstm.train.checkpoint import by_the_first
-from jlstm.train.checkpoints import Checkpoints, Resume
-from jlstm.train.files import Lock, write_json
-from jlstm.train.fingerprint import difference, hash_tree
-from jlstm.train.hooks import (
-    Hook,
-    finite,
-    import_optional,
-    show_progress,
-    write_jsonl,
-    write_tensorboard,
-)
+from jlstm.train.checkpoints import Resume
+from jlstm.train.hooks import import_optional
 from jlstm.train.signals import Interrupted
 from jlstm.train.state import NonFiniteError
+from jlstm.train.workdir import device_kind, fields_of
 from jlstm.types import PyTree
 
 TRACEBACK = "JLSTM_TRACEBACK"
@@ -205,6 +189,13 @@ def _join_devices(config: Options) -> None:
         jax.config.update("jax_num_cpu_devices", local)
     if config.distributed or config.coordinator is not None:
         jax.distributed.initialize(*by_hand)
+    cores, local = os.cpu_count() or 1, config.devices // (config.num_processes or 1)
+    if local > cores and jax.default_backend() == "cpu":
+        print(
+            f"--mesh: {local} devices share the {cores} cores of this machine, which "
+            f"is slower than data={cores}",
+            file=sys.stderr,
+        )
 
 
 def _parse(presets: Mapping[str, ConfigT], arguments: list[str]) -> ConfigT:
@@ -232,7 +223,9 @@ def _parse(presets: Mapping[str, ConfigT], arguments: list[str]) -> ConfigT:
             )
     except SystemExit as error:
         if error.code:
-            _exit(_flatten(message.getvalue()) + "; --help shows the options")
+            line = _flatten(message.getvalue())
+            advice = _suggest(line, message.getvalue(), base)
+            _exit(f"{line}; {advice}--help shows the options")
         raise
 
 
@@ -241,10 +234,24 @@ def _flatten(box: str) -> str:
     text = []
     for line in box.splitlines()[1:]:
         line = line.strip("│ ")
-        if not line.strip("─╰╯"):
+        if line.strip("─╰╯-"):
+            text.append(line)
+        elif text:  # a rule; where output is ASCII, another is above
             break
-        text.append(line)
     return " ".join(text).rstrip(".") or "bad options"
+
+
+def _suggest(line: str, message: str, config: Options) -> str:
+    """Names the option that is most like one that is unknown."""
+    kind, _, wrong = line.partition("Unrecognized options: ")
+    if kind or not wrong:
+        return ""
+    names = [field.name.replace("_", "-") for field in dataclasses.fields(config)]
+    names += re.findall(r"[a-z-]+:[a-z-]+", message.partition("subcommands:")[2])
+    for tried in (wrong.replace(", ", ":"), wrong.partition(",")[0]):
+        for name in difflib.get_close_matches(tried.lstrip("-"), names, 1):
+            return f"did you mean {name if ':' in name else f'--{name}'}? "
+    return ""
 
 
 def _exit(message: str, code: int = 2) -> NoReturn:
@@ -270,305 +277,8 @@ def describe(config: Any, params: PyTree = None) -> str:
       >>> print(text.splitlines()[-1])
       parameters: 6
     """
-    fields = ", ".join(f"{k}={v!r}" for k, v in _fields(config).items())
-    lines = [f"config: {fields}", f"device: {_device()}"]
+    fields = ", ".join(f"{k}={v!r}" for k, v in fields_of(config).items())
+    lines = [f"config: {fields}", f"device: {device_kind()}"]
     if params is not None:
         lines.append(f"parameters: {sum(x.size for x in jax.tree.leaves(params)):,}")
     return "\n".join(lines)
-
-
-class Workdir:
-    """The folder of one run.
-
-    It holds ``config.json``, ``env.json``, ``metrics.jsonl``, ``checkpoints/``,
-    ``plots/`` and, of a run that ended, ``result.json``; JSON files appear whole or not
-    at all. A folder belongs to one config: a run with another one is refused, with what
-    differs; the same one goes on, and one that has ended stays as it is. While a
-    process works in it, others are kept out.
-
-    Attributes:
-      path: the folder; where the config names none, a temporary one.
-      result: what an earlier process wrote to ``result.json``, if one did; then there
-        is nothing left to do.
-      metrics: the file for ``write_jsonl``.
-      plots: the folder for pictures.
-
-    Example:
-      >>> workdir = jlstm.train.Workdir(jlstm.train.Options(), experiment="demo")
-      >>> sorted(file.name for file in workdir.path.iterdir())
-      ['config.json', 'env.json', 'lock', 'plots']
-    """
-
-    def __init__(self, config: Options, experiment: str) -> None:
-        """Makes the folder, and writes the config and the environment to it.
-
-        Args:
-          config: the config; ``config.workdir`` says where.
-          experiment: its name, in the result.
-
-        Raises:
-          ValueError: the folder holds something else, or a run of another config, or
-            another process works in it.
-        """
-        self.config, self.experiment = config, experiment
-        self.result: dict[str, Any] | None = None
-        self._start = time.perf_counter()
-        self._checkpoints: list[Checkpoints] = []
-        if config.workdir is None:
-            self.path = Path(tempfile.mkdtemp())
-            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-        else:
-            self.path = config.workdir.absolute()
-        self.metrics = self.metrics_of()
-        self.plots = self.path / "plots"
-        self._identity = {"experiment": experiment, **_identity(config)}
-        by_the_first(self._claim)
-        result = self.path / "result.json"
-        if result.exists():
-            self.result = json.loads(result.read_text())
-            if config.resume == "never":
-                raise ValueError(
-                    f"Workdir: --resume never, but {self.path} holds a finished run; "
-                    "choose another --workdir, or remove this one"
-                )
-            print(f"finished: {result} is there, nothing is left to do", flush=True)
-        else:
-            by_the_first(self._begin)
-
-    def _begin(self) -> None:
-        write_json(self.path / "config.json", self._identity)
-        self.plots.mkdir(parents=True, exist_ok=True)
-        self._note_environment()
-
-    @property
-    def _chief(self) -> bool:
-        return jax.process_index() == 0
-
-    def _claim(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"Workdir: {self.path} is a file, expected a folder")
-        found = self.path.iterdir() if self.path.exists() else ()
-        names = {path.name for path in found if path.suffix != ".part"}
-        advice = "choose another --workdir, or remove this one"
-        if names - {"lock"} and "config.json" not in names:
-            raise ValueError(
-                f"Workdir: {self.path} is not empty, but holds no run; {advice}"
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
-        weakref.finalize(self, Lock(self.path, "Workdir").release)
-        if "config.json" not in names:
-            if self.config.resume == "must":
-                raise ValueError(
-                    f"Workdir: --resume must, but {self.path} holds no run"
-                )
-            return
-        try:
-            old = json.loads((self.path / "config.json").read_text())
-        except (OSError, ValueError):
-            old = None
-        if not isinstance(old, dict):
-            raise ValueError(
-                f"Workdir: {self.path} is not empty, but holds no run; {advice}"
-            )
-        if names <= {"config.json", "env.json", "lock", "plots", "checkpoints"} and (
-            not any(self.path.glob("checkpoints/**/step*"))
-        ):
-            return  # it took no step
-        if lines := difference(old, self._identity):
-            raise ValueError(
-                f"Workdir: {self.path} holds another run: {'; '.join(lines)}; {advice}"
-            )
-
-    def _note_environment(self) -> None:
-        new, file = environment(), self.path / "env.json"
-        if file.exists():
-            names = ("versions", "device", "xla_flags", "x64")
-            try:
-                old = json.loads(file.read_text())
-                before, now = ({n: env.get(n) for n in names} for env in (old, new))
-                lines = difference(before, now)
-            except (OSError, ValueError, AttributeError):
-                lines = []
-            if lines:
-                print(
-                    "the run began in another environment, and will not end with the "
-                    f"same bits: {'; '.join(lines)}",
-                    file=sys.stderr,
-                )
-        write_json(file, new)
-
-    def checkpoints(
-        self,
-        name: str = "",
-        *,
-        best: str | None = None,
-        mode: Literal["min", "max"] = "min",
-        keep: int = 2,
-    ) -> Checkpoints:
-        """Makes the checkpoints of a fit, as the options say, in ``checkpoints/``.
-
-        Args:
-          name: of the fit, where a run has several.
-          best: a metric whose best checkpoint is kept too.
-          mode: whether the least or the greatest value is best.
-          keep: how many of the newest are kept.
-
-        Returns:
-          What :func:`jlstm.train.fit` takes.
-        """
-        config = self.config
-        made = Checkpoints(
-            self.path / "checkpoints" / name,
-            every=config.checkpoint_every,
-            minutes=config.checkpoint_minutes,
-            keep=keep,
-            best=best,
-            mode=mode,
-            # Of a run in several parts, those that have not begun are no failure.
-            resume="auto" if config.resume == "must" else config.resume,
-            identity={"config": self._identity},
-        )
-        self._checkpoints.append(made)
-        return made
-
-    def metrics_of(self, name: str = "") -> Path:
-        """Returns the file of a fit's metrics: of the one, or of one of several."""
-        return self.path / (f"metrics_{name}.jsonl" if name else "metrics.jsonl")
-
-    def watchers(self, name: str = "", *, unit: str = "items") -> list[Hook]:
-        """Makes the hooks that write metrics to files and show how a run goes.
-
-        Args:
-          name: of the fit, where a run has several.
-          unit: what the loss counts, such as ``"tokens"``.
-
-        Returns:
-          Hooks for :func:`jlstm.train.fit`, which belong after those that add metrics.
-        """
-        if not self._chief:
-            return []
-        hooks = [write_jsonl(self.metrics_of(name)), show_progress(unit=unit)]
-        if self.config.tensorboard:
-            hooks.insert(1, write_tensorboard(self.path / "tensorboard" / name))
-        return hooks
-
-    def write_result(
-        self,
-        *,
-        metric: str,
-        value: SupportsFloat,
-        floor: SupportsFloat,
-        floor_name: str,
-        lower_is_better: bool,
-        published: float | None = None,
-        test_evaluations: int = 1,
-        **extra: Any,
-    ) -> dict[str, Any]:
-        """Writes ``result.json``.
-
-        Beside what is given it has ``state_sha256``, the hash of all leaves of the last
-        states of all fits that had checkpoints, and what resuming cost these.
-
-        Args:
-          metric: what is measured, with its unit.
-          value: the score.
-          floor: the score of the trivial predictor on the same data.
-          floor_name: that predictor.
-          lower_is_better: whether a score below the floor beats it.
-          published: the score to compare with, if there is one.
-          test_evaluations: how often the test set was scored.
-          **extra: anything else of note.
-
-        Returns:
-          What was written; numbers that are not finite are None.
-
-        Raises:
-          ValueError: an extra has the name of an entry.
-        """
-        value, floor = float(value), float(floor)
-        beats = value < floor if lower_is_better else value > floor
-        before = sum(c.restored_seconds for c in self._checkpoints)
-        result = {
-            "experiment": self.experiment,
-            "preset": self.config.preset,
-            "metric": metric,
-            "value": value,
-            "floor": floor,
-            "floor_name": floor_name,
-            "lower_is_better": lower_is_better,
-            "beats_floor": beats,
-            "published": published,
-            "seconds": round(time.perf_counter() - self._start + before, 2),
-            "device": _device(),
-            "seed": self.config.seed,
-            "test_evaluations": test_evaluations,
-            "state_sha256": hash_tree([c.last_state for c in self._checkpoints]),
-            "resumes": sum(c.resumes for c in self._checkpoints),
-            "steps_replayed": sum(c.steps_replayed for c in self._checkpoints),
-        }
-        if taken := result.keys() & extra.keys():
-            raise ValueError(f"write_result: {sorted(taken)} are written already")
-        result = _jsonable(result | extra)
-        if self._chief:
-            write_json(self.path / "result.json", result)
-        return result
-
-
-def environment() -> dict[str, Any]:
-    """Collects what a result may depend on besides the config.
-
-    Example:
-      >>> jlstm.train.environment()["versions"]["jax"] == jax.__version__
-      True
-    """
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    own = __name__.partition(".")[0]
-    versions |= {"python": platform.python_version(), own: _own_version(own)}
-    return {
-        "versions": versions,
-        "platform": platform.platform(),
-        "device": _device(),
-        "device_count": jax.device_count(),
-        "process_count": jax.process_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "x64": bool(jax.config.read("jax_enable_x64")),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _own_version(name: str) -> str:
-    # Not from the metadata, which a source tree on the path does not have.
-    return sys.modules[name].__version__
-
-
-def _device() -> str:
-    return jax.devices()[0].device_kind
-
-
-def _identity(config: Options) -> dict[str, Any]:
-    """Returns what tells runs apart: all but where and how they run."""
-    told = {field.name: field.metadata for field in dataclasses.fields(config)}
-    fields = _fields(config)
-    return {k: v for k, v in fields.items() if not told[k].get("indifferent")}
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    fields = dataclasses.fields(config)
-    return {field.name: _jsonable(getattr(config, field.name)) for field in fields}
-
-
-def _jsonable(value: Any) -> Any:
-    """Writes a value in JSON's types; what they cannot express, by its name."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # By its name too: two choices may have the same fields.
-        return {"type": type(value).__name__, **_fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _jsonable(value.tolist())
-    if value is None or isinstance(value, str | int | float):
-        return finite(value)
-    return getattr(value, "__qualname__", str(value))

@@ -92,6 +92,11 @@ def create_state(
       >>> int(state.step)
       0
     """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise ValueError(
+            f"create_state: tx must be an optax transformation, got {tx!r}; such as "
+            "adamw(1e-3)"
+        )
     if key is not None and not is_key(key):
         raise ValueError(
             f"create_state: key must be one typed key, got {jnp.result_type(key)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -115,6 +116,11 @@ def make_train_step(
       >>> step = train.make_train_step(loss_fn, tx)
       >>> state, metrics = step(train.create_state(jnp.zeros(()), tx), jnp.ones(()))
     """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise ValueError(
+            f"make_train_step: tx must be an optax transformation, got {tx!r}; such "
+            "as adamw(1e-3)"
+        )
     if accumulate < 1:
         raise ValueError(
             f"make_train_step: accumulate must be at least 1, got {accumulate}"
@@ -242,8 +248,8 @@ class _Parts:
     def _cut(self, leaf: Array) -> Array:
         if not jnp.ndim(leaf) or leaf.shape[0] % self._parts:
             raise ValueError(
-                f"train_step: accumulate={self._parts} needs batches, and carries, "
-                f"whose rows it divides, got {type_name(leaf)}"
+                f"train_step: accumulate={self._parts} cuts the rows of batches and "
+                f"carries into as many equal parts, got {type_name(leaf)}"
             )
         return jnp.reshape(leaf, (self._parts, -1, *leaf.shape[1:]))
 
@@ -393,6 +399,9 @@ def evaluate(
     Example:
       See :func:`make_eval_step`.
     """
+    if isinstance(params, TrainState):
+        raise ValueError("evaluate: got a TrainState for params; give state.params")
+    check_takes("evaluate", eval_step, params=params, batch=None, carry=carry)
     check_alive("evaluate", params)
     collected = []
     for batch in batches:
@@ -403,6 +412,30 @@ def evaluate(
             "evaluate: batches is empty; an iterator can be read once only"
         )
     return average(collected)
+
+
+def check_takes(where: str, step: Any, **arguments: Any) -> None:
+    """Refuses what is no train or eval step, such as a loss function.
+
+    Raises:
+      ValueError: it does not take the arguments.
+    """
+    maker, other = "make_train_step", "params"
+    if "params" in arguments:
+        maker, other = "make_eval_step", "state"
+    try:
+        signature = inspect.signature(step)
+        signature.bind(*arguments.values())
+        fits = next(iter(signature.parameters)) != other
+    except TypeError:
+        fits = False
+    except ValueError:  # of what does not tell
+        fits = True
+    if not fits:
+        raise ValueError(
+            f"{where}: expected a step from {maker}, called with "
+            f"({', '.join(arguments)}), got {getattr(step, '__qualname__', step)!r}"
+        )
 
 
 def _call(
