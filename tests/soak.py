@@ -5,7 +5,9 @@
     python tests/soak.py --minutes 60
 
 starts ``survivor.py``, samples its memory and its files, and ends it by SIGTERM. It
-fails if memory still grows in the second half, or if files become more.
+fails if files become more in the second half, or if memory does, by more than what
+TensorStore, by which Orbax writes, leaves behind with each checkpoint: what it returns
+as JSON is never freed, 13 KiB a save and half a KiB an array in version 0.1.86.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+EVERY = 250  # steps between two checkpoints
+LEFT_BEHIND = 64  # KiB with each, at most
 SCRIPT = Path(__file__).with_name("survivor.py")
 
 
@@ -41,7 +45,7 @@ def main() -> int:
         workdir = Path(folder) / "run"
         command = [
             sys.executable, str(SCRIPT), "--workdir", str(workdir), "--num-steps",
-            "10000000", "--checkpoint-every", "250", "--slow-data", "0.5",
+            "10000000", "--checkpoint-every", str(EVERY), "--slow-data", "0.5",
             "--log-every", "50",
         ]  # fmt: skip
         path = str(SCRIPT.parent.parent)
@@ -73,13 +77,17 @@ def main() -> int:
     ]
     print("MiB over time:", " ".join(f"{m:.1f}" for m in course))
     most = [max(files for _, files in part) for part in (first, second)]
+    saves = steps // EVERY
+    # From the middle of the third quarter to that of the last.
+    rate = (after - before) * 1024 / (saves / 4)
     print(
-        f"{steps:,} steps, {steps // 250} checkpoints, {len(lines):,} lines of metrics "
+        f"{steps:,} steps, {saves} checkpoints, {len(lines):,} lines of metrics "
         f"(the last of step {last['step']:,}), exit code {code}; "
-        f"memory {before:.1f} MiB in the third quarter, {after:.1f} in the last; "
+        f"memory {before:.1f} MiB in the third quarter, {after:.1f} in the last, "
+        f"{rate:.0f} KiB a checkpoint; "
         f"at most {most[0]} files, then {most[1]}"
     )
-    flat = after - before < 0.01 * before and most[1] <= most[0] + 1
+    flat = rate <= LEFT_BEHIND and most[1] <= most[0] + 1
     return 0 if flat and code == 143 else 1
 
 

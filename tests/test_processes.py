@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +18,15 @@ from tests.test_survival import finish, newest, result, start, wait_for
 pytestmark = pytest.mark.slow
 
 
-def launch(workdir, processes, devices, *options):
-    """Starts processes that share the devices."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def launch(workdir, processes, devices, *options):
+    """Starts processes that share the devices."""
+    port = free_port()
     return [
         start(
             workdir, "--mesh", f"data={devices}", "--dropout", 0, "--coordinator",
@@ -55,6 +63,24 @@ def test_two_processes_take_the_same_steps(tmp_path, alone):
     assert [code for code, _ in outputs] == [0, 0], outputs
     np.testing.assert_allclose(lines(tmp_path / "run"), alone[4], rtol=2e-5)
     np.testing.assert_allclose(lines(tmp_path / "run"), alone[1], rtol=2e-5)
+
+
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_a_mesh_over_two_processes_computes_what_one_device_does(axes):
+    """Dropout included: its masks do not depend on where rows are computed."""
+    port, script = str(free_port()), Path(__file__).with_name("meshed.py")
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(script), port, str(index), axes],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(script.parent.parent)},
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [output.splitlines()[-1] for output in outputs] == ["equal"] * 2, outputs
 
 
 def test_a_signal_to_one_ends_both_at_the_same_step(tmp_path, alone):

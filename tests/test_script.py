@@ -172,6 +172,12 @@ def test_run_leaves_bugs_alone():
         train.run(main, PRESETS, [])
 
 
+def test_more_devices_than_cores_are_noted(tmp_path):
+    many = (os.cpu_count() or 1) + 1
+    done = run_script(tmp_path, "--mesh", f"data={many}", "--mood", "value")
+    assert done.stderr.startswith(f"--mesh: {many} devices share the {many - 1} cores")
+
+
 def test_script_exits_with_code_and_one_line(tmp_path):
     done = run_script(tmp_path, "--mood", "value")
     assert (done.returncode, done.stdout) == (2, "")
