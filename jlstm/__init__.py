@@ -1,6 +1,6 @@
 """Write the gate equations of a recurrent cell; jlstm supplies everything else."""
 
-from jlstm import data, decode, init, testing, train
+from jlstm import cells, data, decode, init, testing, train
 from jlstm.cells import (
     GRU,
     LSTM,
@@ -11,15 +11,18 @@ from jlstm.cells import (
     GRUParams,
     LSTMCarry,
     LSTMParams,
+    PeepholeLSTM,
     Precision,
     add_vector,
     affine,
     elman_step,
+    fresh,
     gates,
     gru_reset_before_step,
     gru_step,
     lstm_step,
     prepare,
+    row,
     tanh,
 )
 from jlstm.decode import generate
@@ -94,6 +97,7 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LayerNormParams",
+    "PeepholeLSTM",
     "Policy",
     "Precision",
     "Residual",
@@ -104,11 +108,13 @@ __all__ = [
     "add_vector",
     "affine",
     "bidirectional",
+    "cells",
     "config",
     "data",
     "decode",
     "elman_step",
     "explain",
+    "fresh",
     "gated",
     "gates",
     "generate",
@@ -119,6 +125,7 @@ __all__ = [
     "lstm_step",
     "pool",
     "prepare",
+    "row",
     "run_layer",
     "stack",
     "step",

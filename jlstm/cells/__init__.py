@@ -1,7 +1,7 @@
 """One step: a file is one formula."""
 
 from jlstm.cells.elman import Elman, ElmanCarry, ElmanParams, elman_step
-from jlstm.cells.gates import add_vector, affine, gates, tanh
+from jlstm.cells.gates import add_vector, affine, fresh, gates, row, tanh
 from jlstm.cells.gru import (
     GRU,
     GRUCarry,
@@ -10,6 +10,12 @@ from jlstm.cells.gru import (
     gru_step,
 )
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams, lstm_step
+from jlstm.cells.peephole import (
+    PeepholeLSTM,
+    PeepholeLSTMCarry,
+    PeepholeLSTMParams,
+    peephole_lstm_step,
+)
 from jlstm.cells.wrappers import Precision, prepare
 
 __all__ = [
@@ -22,14 +28,20 @@ __all__ = [
     "GRUParams",
     "LSTMCarry",
     "LSTMParams",
+    "PeepholeLSTM",
+    "PeepholeLSTMCarry",
+    "PeepholeLSTMParams",
     "Precision",
     "add_vector",
     "affine",
     "elman_step",
+    "fresh",
     "gates",
     "gru_reset_before_step",
     "gru_step",
     "lstm_step",
+    "peephole_lstm_step",
     "prepare",
+    "row",
     "tanh",
 ]

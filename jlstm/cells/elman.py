@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine, tanh
+from jlstm.cells.gates import affine, fresh, tanh
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
 
@@ -143,6 +143,4 @@ class Elman:
         self, params: ElmanParams, batch_shape: tuple[int, ...]
     ) -> ElmanCarry:
         """Makes the fresh carry, ``[*batch_shape, H]``."""
-        zeros = jnp.zeros((self.hidden_size,), params.w_hh.dtype)
-        h0 = zeros if params.h0 is None else params.h0
-        return ElmanCarry(jnp.broadcast_to(h0, (*batch_shape, *h0.shape)))
+        return ElmanCarry(fresh(params.h0, self.hidden_size, batch_shape, params.w_hh))

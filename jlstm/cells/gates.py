@@ -24,7 +24,36 @@ def affine(x: Array, w: Array, b: Array | None = None) -> Array:
 
 def add_vector(z: Array, b: Array) -> Array:
     """Adds ``b [G]`` to ``z [..., G]``, legal where rank promotion is refused."""
-    return z + b.reshape((1,) * (z.ndim - 1) + b.shape)
+    return z + row(b, z)
+
+
+def row(v: Array, z: Array) -> Array:
+    """Shapes ``v [G]`` to meet ``z [..., G]``, also where rank promotion is refused.
+
+    Example:
+      >>> jlstm.row(jnp.ones(4), jnp.ones((2, 3, 4))).shape
+      (1, 1, 4)
+    """
+    return v.reshape((1,) * (z.ndim - 1) + v.shape)
+
+
+def fresh(
+    learned: Array | None, size: int, batch_shape: tuple[int, ...], like: Array
+) -> Array:
+    """Makes a leaf ``[*batch_shape, H]`` of the fresh carry: learned, or zeros.
+
+    Args:
+      learned: ``[H]``, or None.
+      size: ``H``.
+      batch_shape: the batch dimensions.
+      like: an array of the dtype.
+
+    Example:
+      >>> jlstm.fresh(None, 4, (2,), jnp.ones(3)).shape
+      (2, 4)
+    """
+    leaf = jnp.zeros((size,), like.dtype) if learned is None else learned
+    return jnp.broadcast_to(leaf, (*batch_shape, size))
 
 
 def gates(z: Array, kinds: str) -> tuple[Array, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import add_vector, affine, gates, tanh
+from jlstm.cells.gates import add_vector, affine, fresh, gates, tanh
 from jlstm.init import per_gate
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
@@ -211,6 +211,4 @@ class GRU:
 
     def init_carry(self, params: GRUParams, batch_shape: tuple[int, ...]) -> GRUCarry:
         """Makes the fresh carry, ``[*batch_shape, H]``."""
-        zeros = jnp.zeros((self.hidden_size,), params.w_hh.dtype)
-        h0 = zeros if params.h0 is None else params.h0
-        return GRUCarry(jnp.broadcast_to(h0, (*batch_shape, *h0.shape)))
+        return GRUCarry(fresh(params.h0, self.hidden_size, batch_shape, params.w_hh))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine, gates, tanh
+from jlstm.cells.gates import affine, fresh, gates, tanh
 from jlstm.init import Chrono, per_gate
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
@@ -152,7 +152,8 @@ class LSTM:
 
     def init_carry(self, params: LSTMParams, batch_shape: tuple[int, ...]) -> LSTMCarry:
         """Makes the fresh carry, ``[*batch_shape, H]`` each."""
-        zeros = jnp.zeros((self.hidden_size,), params.w_hh.dtype)
-        shape = (*batch_shape, *zeros.shape)
-        leaves = (zeros if leaf is None else leaf for leaf in (params.h0, params.c0))
-        return LSTMCarry(*(jnp.broadcast_to(leaf, shape) for leaf in leaves))
+        h, c = (
+            fresh(leaf, self.hidden_size, batch_shape, params.w_hh)
+            for leaf in (params.h0, params.c0)
+        )
+        return LSTMCarry(h, c)

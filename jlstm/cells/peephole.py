@@ -1,0 +1,161 @@
+"""LSTM whose gates look at the cell state."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jlstm import init as initialisers
+from jlstm.cells.gates import affine, fresh, gates, row, tanh
+from jlstm.init import per_gate
+from jlstm.types import Array, Initializer, check_positive, config, float_dtype
+
+
+@struct.dataclass
+class PeepholeLSTMParams:
+    """Weights of an LSTM with peepholes; gates in the order i, f, g, o."""
+
+    w_ih: Array  # [D, 4H]
+    w_hh: Array  # [H, 4H]
+    b: Array  # [4H]
+    w_ci: Array  # [H], the peephole of i
+    w_cf: Array  # [H]
+    w_co: Array  # [H]
+    h0: Array | None = None  # [H], the learned fresh carry
+    c0: Array | None = None  # [H]
+
+
+class PeepholeLSTMCarry(NamedTuple):
+    """Carry of an LSTM with peepholes."""
+
+    h: Array  # [..., H]
+    c: Array  # [..., H]
+
+
+def peephole_lstm_project(params: PeepholeLSTMParams, x: Array) -> Array:
+    """Computes the part of the pre-activations that depends on ``x`` alone."""
+    return affine(x, params.w_ih, params.b)
+
+
+def peephole_lstm_mix(
+    params: PeepholeLSTMParams, carry: PeepholeLSTMCarry, zx: Array
+) -> Array:
+    """Computes the recurrent product ``h @ w_hh``, ``[..., 4H]``."""
+    del zx
+    return carry.h @ params.w_hh
+
+
+def peephole_lstm_update(
+    params: PeepholeLSTMParams, carry: PeepholeLSTMCarry, zx: Array, zh: Array
+) -> tuple[PeepholeLSTMCarry, Array]:
+    """Applies the gates to the pre-activations ``zx + zh``, ``[..., 4H]``."""
+    c = carry.c
+    w_i, w_f, w_o = (row(w, c) for w in (params.w_ci, params.w_cf, params.w_co))
+    z_i, z_f, z_g, z_o = jnp.split(zx + zh, 4, axis=-1)
+    i, f = gates(jnp.concatenate([z_i + w_i * c, z_f + w_f * c], axis=-1), "ss")
+    c = f * c + i * tanh(z_g)
+    (o,) = gates(z_o + w_o * c, "s")
+    h = o * tanh(c)
+    return PeepholeLSTMCarry(h, c), h
+
+
+def peephole_lstm_step(
+    params: PeepholeLSTMParams, carry: PeepholeLSTMCarry, x: Array
+) -> tuple[PeepholeLSTMCarry, Array]:
+    r"""Advances an LSTM with peepholes by one time step.
+
+    .. math::
+        i, f, g, o &= x W_{ih} + h W_{hh} + b \\
+        c' &= \sigma(f + w_f \odot c) \odot c
+            + \sigma(i + w_i \odot c) \odot \tanh(g) \\
+        h' &= \sigma(o + w_o \odot c') \odot \tanh(c')
+
+    Args:
+      params: ``w_ih [D, 4H]``, ``w_hh [H, 4H]``, ``b [4H]``, and the peepholes
+        ``w_ci``, ``w_cf``, ``w_co``, ``[H]`` each.
+      carry: ``h`` and ``c`` of the step before, ``[..., H]`` each.
+      x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+
+    Returns:
+      The new carry, and the output ``[..., H]``, which is the new ``h``.
+
+    Example:
+      >>> cell, x = jlstm.PeepholeLSTM(8), jnp.ones((2, 3))
+      >>> params = cell.init(jax.random.key(0), x)
+      >>> carry, y = cell.step(params, cell.init_carry(params, (2,)), x)
+      >>> y.shape
+      (2, 8)
+
+    References:
+      Gers & Schmidhuber, Recurrent nets that time and count, 2000.
+    """
+    zx = peephole_lstm_project(params, x)
+    return peephole_lstm_update(params, carry, zx, peephole_lstm_mix(params, carry, zx))
+
+
+@config
+class PeepholeLSTM:
+    """LSTM with peepholes; see :func:`jlstm.cells.peephole_lstm_step` for the formula.
+
+    Attributes:
+      hidden_size: ``H``.
+      forget_bias: added to the forget gate's bias at init.
+      learned_carry: learns the fresh carry, which starts at zero.
+      w_ih_init: initialiser of ``w_ih``, gate by gate.
+      w_hh_init: initialiser of ``w_hh``, gate by gate.
+      w_c_init: initialiser of the peepholes.
+      b_init: initialiser of the biases, before ``forget_bias``.
+
+    Example:
+      >>> layer = jlstm.RNN(jlstm.PeepholeLSTM(8))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), xs), xs)
+      >>> ys.shape
+      (2, 5, 8)
+    """
+
+    hidden_size: int
+    forget_bias: float = 1.0
+    learned_carry: bool = False
+    w_ih_init: Initializer = initialisers.glorot_uniform
+    w_hh_init: Initializer = initialisers.orthogonal
+    w_c_init: Initializer = initialisers.zeros
+    b_init: Initializer = initialisers.zeros
+
+    project = staticmethod(peephole_lstm_project)
+    mix = staticmethod(peephole_lstm_mix)
+    update = staticmethod(peephole_lstm_update)
+    step = staticmethod(peephole_lstm_step)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden_size")
+
+    def init(self, key: Array, x: Array) -> PeepholeLSTMParams:
+        """Makes params for inputs like ``x [..., D]``."""
+        keys = jax.random.split(key, 6)
+        size, dtype = self.hidden_size, float_dtype(x)
+        b = per_gate(self.b_init, keys[2], 4, (size,), dtype)
+        zeros = jnp.zeros((size,), dtype) if self.learned_carry else None
+        return PeepholeLSTMParams(
+            w_ih=per_gate(self.w_ih_init, keys[0], 4, (x.shape[-1], size), dtype),
+            w_hh=per_gate(self.w_hh_init, keys[1], 4, (size, size), dtype),
+            b=b.at[size : 2 * size].add(jnp.asarray(self.forget_bias, dtype)),
+            w_ci=self.w_c_init(keys[3], (size,), dtype),
+            w_cf=self.w_c_init(keys[4], (size,), dtype),
+            w_co=self.w_c_init(keys[5], (size,), dtype),
+            h0=zeros,
+            c0=zeros,
+        )
+
+    def init_carry(
+        self, params: PeepholeLSTMParams, batch_shape: tuple[int, ...]
+    ) -> PeepholeLSTMCarry:
+        """Makes the fresh carry, ``[*batch_shape, H]`` each."""
+        h, c = (
+            fresh(leaf, self.hidden_size, batch_shape, params.w_hh)
+            for leaf in (params.h0, params.c0)
+        )
+        return PeepholeLSTMCarry(h, c)

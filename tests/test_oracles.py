@@ -1,0 +1,49 @@
+"""Every cell equals its formula, in values and gradients, and obeys the laws."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jlstm.testing import check_cell
+from tests.cases import TOLERANCE
+from tests.oracles import errors, gated
+
+CASES = [*gated.CASES]
+# Of a slope against central differences of the oracle.
+SLOPE = {"float64": 1e-8, "float32": 1e-4}
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def example(case):
+    """An input at one step."""
+    return jax.tree.map(lambda s: jnp.zeros((3, *s.shape), s.dtype), case.x)
+
+
+@each_case
+@pytest.mark.parametrize("implementation", ["scan", "fused"])
+def test_cell_equals_its_formula(case, implementation):
+    found = errors(case, implementation)
+    assert found["value"] <= TOLERANCE["float64"]
+    assert found["gradient"] <= SLOPE["float64"]
+
+
+@each_case
+def test_cell_equals_its_formula_in_float32(case):
+    """On a CPU, the steps in C++ are for float32 alone."""
+    found = errors(case, "fused", "float32")
+    assert found["value"] <= TOLERANCE["float32"]
+    assert found["gradient"] <= SLOPE["float32"]
+
+
+@each_case
+def test_cell_obeys_the_laws_of_sequences(case):
+    check_cell(case.cell, example(case), implementations=("fused",), smooth=False)
+
+
+@pytest.mark.slow
+@each_case
+def test_cell_obeys_all_laws(case):
+    check_cell(case.cell, example(case), smooth=case.smooth)
