@@ -8,9 +8,9 @@ import pytest
 
 from jlstm.testing import check_cell
 from tests.cases import TOLERANCE
-from tests.oracles import errors, gated
+from tests.oracles import errors, gated, wrappers
 
-CASES = [*gated.CASES]
+CASES = [*gated.CASES, *wrappers.CASES]
 # Of a slope against central differences of the oracle.
 SLOPE = {"float64": 1e-8, "float32": 1e-4}
 

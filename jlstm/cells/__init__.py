@@ -1,5 +1,12 @@
 """One step: a file is one formula."""
 
+from jlstm.cells.constraints import (
+    ClipCarry,
+    ResidualCell,
+    WeightNorm,
+    WeightNormParams,
+)
+from jlstm.cells.dropout import DropConnect, VariationalDropout, Zoneout
 from jlstm.cells.elman import Elman, ElmanCarry, ElmanParams, elman_step
 from jlstm.cells.gates import add_vector, affine, fresh, gates, row, tanh
 from jlstm.cells.gru import (
@@ -16,11 +23,13 @@ from jlstm.cells.peephole import (
     PeepholeLSTMParams,
     peephole_lstm_step,
 )
-from jlstm.cells.wrappers import Precision, prepare
+from jlstm.cells.wrappers import Precision, Wrapper, prepare
 
 __all__ = [
     "GRU",
     "LSTM",
+    "ClipCarry",
+    "DropConnect",
     "Elman",
     "ElmanCarry",
     "ElmanParams",
@@ -32,6 +41,12 @@ __all__ = [
     "PeepholeLSTMCarry",
     "PeepholeLSTMParams",
     "Precision",
+    "ResidualCell",
+    "VariationalDropout",
+    "WeightNorm",
+    "WeightNormParams",
+    "Wrapper",
+    "Zoneout",
     "add_vector",
     "affine",
     "elman_step",

@@ -10,6 +10,99 @@ from jax.sharding import AxisType, PartitionSpec
 from jlstm.types import Array, Cell, Policy, PyTree, cast, config, gated
 
 
+class Prepared(NamedTuple):
+    """Params of a wrapped cell, and what its wrapper needs in the loop."""
+
+    cell: PyTree
+    extra: PyTree
+
+
+class Beside(NamedTuple):
+    """Inputs of a wrapped cell, and what its wrapper needs at that step."""
+
+    cell: PyTree
+    extra: PyTree
+
+
+class Wrapper:
+    """A cell around ``self.cell``, which does all that is not defined anew.
+
+    A wrapper has its say in :meth:`before`, once a sequence, and in :meth:`after`, at
+    the end of each step.
+    """
+
+    cell: Any
+
+    @property
+    def gated(self) -> bool:
+        """Whether the inner cell is gated."""
+        return gated(self.cell)
+
+    @property
+    def x_ndim(self) -> int:
+        """Feature dimensions of the inner cell's input."""
+        return getattr(self.cell, "x_ndim", 1)
+
+    def before(
+        self, params: PyTree, xs: PyTree, key: Array | None
+    ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+        """Changes params and inputs of the inner cell.
+
+        Returns:
+          Both, and what is needed later: at all steps alike (``[B, ...]``, or without a
+          batch), and at each (``[B, T, ...]``).
+        """
+        del key
+        return params, xs, None, None
+
+    def after(
+        self, extra: PyTree, old: PyTree, new: PyTree, y: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Changes the carry and the output of a step; ``extra`` is of that step."""
+        del extra, old
+        return new, y
+
+    def init(self, key: Array, x: PyTree) -> PyTree:
+        """Makes params for inputs like ``x``."""
+        return self.cell.init(key, x)
+
+    def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> PyTree:
+        """Makes the fresh carry."""
+        return self.cell.init_carry(params, batch_shape)
+
+    def prepare(
+        self, params: PyTree, xs: PyTree, *, key: Array | None = None
+    ) -> tuple[PyTree, PyTree]:
+        """Does what is done once a sequence, and then what the inner cell does."""
+        own, inner = (None, None) if key is None else jax.random.split(key)
+        params, xs, always, each = self.before(params, xs, own)
+        params, xs = prepare(self.cell, params, xs, inner)
+        return Prepared(params, always), Beside(xs, each)
+
+    def project(self, params: Any, x: Any) -> PyTree:
+        """Projects as the inner cell does."""
+        return Beside(self.cell.project(params.cell, x.cell), x.extra)
+
+    def mix(self, params: Any, carry: PyTree, zx: Any) -> PyTree:
+        """Mixes as the inner cell does."""
+        return self.cell.mix(params.cell, carry, zx.cell)
+
+    def update(
+        self, params: Any, carry: PyTree, zx: Any, zh: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Updates as the inner cell does, and then changes the result."""
+        new, y = self.cell.update(params.cell, carry, zx.cell, zh)
+        return self.after(zx.extra, carry, new, y)
+
+    def step(self, params: Any, carry: PyTree, x: Any) -> tuple[PyTree, PyTree]:
+        """Advances one step."""
+        if self.gated:
+            zx = self.project(params, x)
+            return self.update(params, carry, zx, self.mix(params, carry, zx))
+        new, y = self.cell.step(params.cell, carry, x.cell)
+        return self.after(x.extra, carry, new, y)
+
+
 class PrecisionParams(NamedTuple):
     """Params in the dtypes of a policy, cast once a sequence."""
 
@@ -18,7 +111,7 @@ class PrecisionParams(NamedTuple):
 
 
 @config
-class Precision:
+class Precision(Wrapper):
     """Runs a cell under a dtype policy; layers make it from their ``policy``.
 
     The products of ``project`` and ``mix`` are computed in ``policy.compute``. What
@@ -36,16 +129,6 @@ class Precision:
 
     cell: Any
     policy: Policy
-
-    @property
-    def gated(self) -> bool:
-        """Whether the inner cell is gated."""
-        return gated(self.cell)
-
-    @property
-    def x_ndim(self) -> int:
-        """Feature dimensions of the inner cell's input."""
-        return getattr(self.cell, "x_ndim", 1)
 
     @property
     def _gates_dtype(self) -> Any:
@@ -107,7 +190,7 @@ class LookupParams(NamedTuple):
 
 
 @config
-class Lookup:
+class Lookup(Wrapper):
     r"""Runs a gated cell on rows of a table, given their ids.
 
     .. math::
@@ -118,12 +201,11 @@ class Lookup:
     """
 
     cell: Any
-    x_ndim = 0
 
     @property
-    def gated(self) -> bool:
-        """Whether the inner cell is gated."""
-        return gated(self.cell)
+    def x_ndim(self) -> int:
+        """An id has none."""
+        return 0
 
     def init_carry(self, params: LookupParams, batch_shape: tuple[int, ...]) -> PyTree:
         """Makes the fresh carry of the inner cell."""

@@ -93,7 +93,8 @@ def note(cell: Cell, request: Request, xs: PyTree = None) -> str:
 
         def total(params: PyTree) -> Array:
             prepared, steps = prepare(cell, join(params, rest), xs)
-            carry = cell.init_carry(prepared, jax.tree.leaves(xs)[0].shape[:1])
+            batch = jax.tree.leaves(xs)[0].shape[:1]
+            carry = cell.init_carry(join(params, rest), batch)
             out = unroll(cell, prepared, steps, carry, carry)
             leaves = jax.tree.leaves(smooth_leaves(out))
             return jnp.stack([leaf.astype(np.float32).sum() for leaf in leaves]).sum()

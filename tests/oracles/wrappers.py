@@ -1,0 +1,62 @@
+"""Wrappers around an LSTM, in their deterministic forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import jlstm
+from tests.oracles import Case, loop, sigmoid
+
+LSTM = jlstm.LSTM(4)
+
+
+def lstm(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Gers, Schmidhuber & Cummins (2000), one gate at a time."""
+    h, c = carry
+    w_i, w_f, w_g, w_o = np.split(p.w_ih, 4, -1)
+    u_i, u_f, u_g, u_o = np.split(p.w_hh, 4, -1)
+    b_i, b_f, b_g, b_o = np.split(p.b, 4)
+    i, f = sigmoid(x @ w_i + h @ u_i + b_i), sigmoid(x @ w_f + h @ u_f + b_f)
+    c = f * c + i * np.tanh(x @ w_g + h @ u_g + b_g)
+    h = sigmoid(x @ w_o + h @ u_o + b_o) * np.tanh(c)
+    return (h, c), h
+
+
+def zoneout(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Krueger et al. (2017), the expectation."""
+    (h, c), _ = lstm(p, carry, x)
+    h, c = 0.3 * carry[0] + 0.7 * h, 0.6 * carry[1] + 0.4 * c
+    return (h, c), h
+
+
+def weight_norm(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Salimans & Kingma (2016), column by column."""
+    columns = [
+        g * v / np.sqrt((v**2).sum())
+        for g, v in zip(p.scale["w_hh"], p.cell.w_hh.T, strict=True)
+    ]
+    return lstm(p.cell.replace(w_hh=np.stack(columns, 1)), carry, x)
+
+
+def clipped(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Sak et al. (2014)."""
+    (h, c), _ = lstm(p, carry, x)
+    return (h, np.minimum(np.maximum(c, -0.4), 0.4)), h
+
+
+def residual(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """The sum of input and output."""
+    carry, y = lstm(p, carry, x)
+    return carry, x + y
+
+
+CASES = [
+    Case(jlstm.Zoneout(LSTM, h=0.3, c=0.6), loop(zoneout), "Krueger 2017"),
+    Case(jlstm.VariationalDropout(LSTM, 0.2, 0.3), loop(lstm), "Gal 2016, no key"),
+    Case(jlstm.DropConnect(LSTM, 0.5), loop(lstm), "Wan 2013, no key"),
+    Case(jlstm.WeightNorm(LSTM), loop(weight_norm), "Salimans 2016"),
+    Case(jlstm.ClipCarry(LSTM, 0.4, ("c",)), loop(clipped), "Sak 2014", smooth=False),
+    Case(jlstm.ResidualCell(LSTM), loop(residual), "He 2016"),
+]
