@@ -19,6 +19,7 @@ from jlstm.cells import (
     VariationalDropout,
     WeightNorm,
     Zoneout,
+    activate,
     add_vector,
     affine,
     elman_step,
@@ -29,6 +30,7 @@ from jlstm.cells import (
     lstm_step,
     prepare,
     row,
+    sigmoid,
     tanh,
 )
 from jlstm.decode import generate
@@ -117,6 +119,7 @@ __all__ = [
     "VariationalDropout",
     "WeightNorm",
     "Zoneout",
+    "activate",
     "add_vector",
     "affine",
     "bidirectional",
@@ -139,6 +142,7 @@ __all__ = [
     "prepare",
     "row",
     "run_layer",
+    "sigmoid",
     "stack",
     "step",
     "summary",

@@ -29,6 +29,7 @@ Array = jax.Array
 PyTree = Any
 T = TypeVar("T")
 Initializer = Callable[[Array, tuple[int, ...], Any], Array]
+Activation = Callable[[Array], Array]
 
 
 @runtime_checkable
@@ -254,7 +255,13 @@ def check_literal(config: Any) -> None:
 
 def _literal(value: Any) -> str:
     name = getattr(value, "__qualname__", None)
-    return repr(value) if name is None else f"{value.__module__}.{name}"
+    if name is None:
+        return repr(value)
+    # By the name that a user writes, not the private one where it is defined.
+    for public in (jax.nn, jnp):
+        if getattr(public, name, None) is value:
+            return f"{public.__name__}.{name}"
+    return f"{value.__module__}.{name}"
 
 
 @config
@@ -308,4 +315,21 @@ def check_positive(config: Any, *names: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(
                 f"{type(config).__name__}.{name}: must be a positive int, got {value!r}"
+            )
+
+
+def check_activations(config: Any, *names: str, optional: bool = False) -> None:
+    """Refuses activations that cannot be called, such as their names.
+
+    Raises:
+      TypeError: naming the config and the field, and saying what to write.
+    """
+    for name in names:
+        given = getattr(config, name)
+        if not callable(given) and not (optional and given is None):
+            known = isinstance(given, str) and hasattr(jax.nn, given)
+            raise TypeError(
+                f"{type(config).__name__}.{name}: must be a function"
+                f"{' or None' * optional}, got {given!r}; give "
+                f"jax.nn.{given if known else 'relu, say'}"
             )

@@ -500,6 +500,11 @@ MISTAKES = {
         ValueError,
         "Policy.compute: must be a floating dtype, such as jnp.bfloat16, got bf16",
     ),
+    "an activation by its name": Mistake(
+        lambda: jlstm.LSTM(4, activation="relu"),
+        TypeError,
+        "LSTM.activation: must be a function, got 'relu'; give jax.nn.relu",
+    ),
     "an impossible time": Mistake(
         lambda: jlstm.init.Chrono(2), ValueError, "Chrono.max_time: must be >= 3, got 2"
     ),

@@ -8,7 +8,16 @@ from jlstm.cells.constraints import (
 )
 from jlstm.cells.dropout import DropConnect, VariationalDropout, Zoneout
 from jlstm.cells.elman import Elman, ElmanCarry, ElmanParams, elman_step
-from jlstm.cells.gates import add_vector, affine, fresh, gates, row, tanh
+from jlstm.cells.gates import (
+    activate,
+    add_vector,
+    affine,
+    fresh,
+    gates,
+    row,
+    sigmoid,
+    tanh,
+)
 from jlstm.cells.gru import (
     GRU,
     GRUCarry,
@@ -47,6 +56,7 @@ __all__ = [
     "WeightNormParams",
     "Wrapper",
     "Zoneout",
+    "activate",
     "add_vector",
     "affine",
     "elman_step",
@@ -58,5 +68,6 @@ __all__ = [
     "peephole_lstm_step",
     "prepare",
     "row",
+    "sigmoid",
     "tanh",
 ]

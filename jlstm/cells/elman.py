@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,7 +10,15 @@ from flax import struct
 
 from jlstm import init as initialisers
 from jlstm.cells.gates import affine, fresh, tanh
-from jlstm.types import Array, Initializer, check_positive, config, float_dtype
+from jlstm.types import (
+    Activation,
+    Array,
+    Initializer,
+    check_activations,
+    check_positive,
+    config,
+    float_dtype,
+)
 
 
 @struct.dataclass
@@ -47,7 +54,7 @@ def elman_step(
     params: ElmanParams,
     carry: ElmanCarry,
     x: Array,
-    activation: Callable[[Array], Array] = tanh,
+    activation: Activation = tanh,
 ) -> tuple[ElmanCarry, Array]:
     r"""Advances a simple recurrent network by one time step.
 
@@ -100,7 +107,7 @@ class Elman:
     """
 
     hidden_size: int
-    activation: Callable[[Array], Array] = tanh
+    activation: Activation = tanh
     double_bias: bool = False
     learned_carry: bool = False
     w_ih_init: Initializer = initialisers.glorot_uniform
@@ -112,6 +119,7 @@ class Elman:
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden_size")
+        check_activations(self, "activation")
 
     def update(
         self, params: ElmanParams, carry: ElmanCarry, zx: Array, zh: Array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -116,6 +117,43 @@ def _activate_jvp(kinds: str, primals: tuple, tangents: tuple) -> tuple:
         scaled = d * a
         results.append(scaled - scaled * a if kind == "s" else d - scaled * a)
     return parts, tuple(results)
+
+
+def activate(
+    z: Array,
+    kinds: str,
+    activation: Callable[[Array], Array],
+    gate_activation: Callable[[Array], Array],
+) -> tuple[Array, ...]:
+    """Does what :func:`gates` does, with other functions for its letters.
+
+    Args:
+      z: pre-activations ``[..., len(kinds) * H]``.
+      kinds: one letter a gate, as in :func:`gates`.
+      activation: for each ``t``; with :func:`tanh` and :func:`sigmoid`, all is done in
+        one go.
+      gate_activation: for each ``s``.
+
+    Example:
+      >>> i, g = jlstm.activate(jnp.ones((2, 8)), "st", jax.nn.relu, jlstm.sigmoid)
+      >>> float(g[0, 0])
+      1.0
+    """
+    if activation is tanh and gate_activation is sigmoid:
+        return gates(z, kinds)
+    parts = jnp.split(z, len(kinds), axis=-1)
+    functions = {"s": gate_activation, "t": activation}
+    return tuple(functions[kind](part) for kind, part in zip(kinds, parts, strict=True))
+
+
+def sigmoid(x: Array) -> Array:
+    """``jax.nn.sigmoid``, whose derivative stores its result and nothing else.
+
+    Example:
+      >>> jlstm.sigmoid(jnp.zeros(2)).tolist()
+      [0.5, 0.5]
+    """
+    return gates(x, "s")[0]
 
 
 def tanh(x: Array) -> Array:

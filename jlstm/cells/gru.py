@@ -9,9 +9,17 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import add_vector, affine, fresh, gates, tanh
+from jlstm.cells.gates import activate, add_vector, affine, fresh, sigmoid, tanh
 from jlstm.init import per_gate
-from jlstm.types import Array, Initializer, check_positive, config, float_dtype
+from jlstm.types import (
+    Activation,
+    Array,
+    Initializer,
+    check_activations,
+    check_positive,
+    config,
+    float_dtype,
+)
 
 
 @struct.dataclass
@@ -46,7 +54,12 @@ def gru_mix(params: GRUParams, carry: GRUCarry, zx: Array) -> Array:
 
 
 def gru_update(
-    params: GRUParams, carry: GRUCarry, zx: Array, zh: Array
+    params: GRUParams,
+    carry: GRUCarry,
+    zx: Array,
+    zh: Array,
+    activation: Activation = tanh,
+    gate_activation: Activation = sigmoid,
 ) -> tuple[GRUCarry, Array]:
     """Applies the gates to ``zx [..., 3H]`` and ``zh [..., 3H]``."""
     del params
@@ -54,13 +67,19 @@ def gru_update(
     # By split: the transpose of a slice pads with zeros, which XLA does not vectorise.
     x_gates, x_n = jnp.split(zx, [2 * size], axis=-1)
     h_gates, h_n = jnp.split(zh, [2 * size], axis=-1)
-    r, z = gates(x_gates + h_gates, "ss")
-    n = tanh(x_n + r * h_n)
+    r, z = activate(x_gates + h_gates, "ss", tanh, gate_activation)
+    n = activation(x_n + r * h_n)
     h = n - z * n + z * carry.h
     return GRUCarry(h), h
 
 
-def gru_step(params: GRUParams, carry: GRUCarry, x: Array) -> tuple[GRUCarry, Array]:
+def gru_step(
+    params: GRUParams,
+    carry: GRUCarry,
+    x: Array,
+    activation: Activation = tanh,
+    gate_activation: Activation = sigmoid,
+) -> tuple[GRUCarry, Array]:
     r"""Advances a GRU, reset gate after the recurrent product, by one time step.
 
     .. math::
@@ -72,6 +91,8 @@ def gru_step(params: GRUParams, carry: GRUCarry, x: Array) -> tuple[GRUCarry, Ar
       params: ``w_ih [D, 3H]``, ``w_hh [H, 3H]``, ``b [3H]``, ``b_hh [H]`` or ``[3H]``.
       carry: ``h`` of the step before, ``[..., H]``.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+      activation: replaces the tanh.
+      gate_activation: replaces the sigmoids.
 
     Returns:
       The new carry, and the output ``[..., H]``, which is the new ``h``.
@@ -87,7 +108,8 @@ def gru_step(params: GRUParams, carry: GRUCarry, x: Array) -> tuple[GRUCarry, Ar
       Cho et al., 2014; the form with one product is cuDNN's.
     """
     zx = gru_project(params, x)
-    return gru_update(params, carry, zx, gru_mix(params, carry, zx))
+    zh = gru_mix(params, carry, zx)
+    return gru_update(params, carry, zx, zh, activation, gate_activation)
 
 
 def gru_reset_before_mix(params: GRUParams, carry: GRUCarry, zx: Array) -> Array:
@@ -99,21 +121,30 @@ def gru_reset_before_mix(params: GRUParams, carry: GRUCarry, zx: Array) -> Array
 
 
 def gru_reset_before_update(
-    params: GRUParams, carry: GRUCarry, zx: Array, zh: Array
+    params: GRUParams,
+    carry: GRUCarry,
+    zx: Array,
+    zh: Array,
+    activation: Activation = tanh,
+    gate_activation: Activation = sigmoid,
 ) -> tuple[GRUCarry, Array]:
     """Applies the gates to ``zx [..., 3H]`` and ``zh [..., 2H]``."""
     size = carry.h.shape[-1]
     x_gates, x_n = jnp.split(zx, [2 * size], axis=-1)
-    r, z = gates(x_gates + zh, "ss")
+    r, z = activate(x_gates + zh, "ss", tanh, gate_activation)
     b = None if params.b_hh is None else params.b_hh[2 * size :]
     n = x_n + affine(r * carry.h, params.w_hh[:, 2 * size :], b)
-    n = tanh(n)
+    n = activation(n)
     h = n - z * n + z * carry.h
     return GRUCarry(h), h
 
 
 def gru_reset_before_step(
-    params: GRUParams, carry: GRUCarry, x: Array
+    params: GRUParams,
+    carry: GRUCarry,
+    x: Array,
+    activation: Activation = tanh,
+    gate_activation: Activation = sigmoid,
 ) -> tuple[GRUCarry, Array]:
     r"""Advances a GRU, reset gate before the recurrent product, by one time step.
 
@@ -136,7 +167,7 @@ def gru_reset_before_step(
     """
     zx = gru_project(params, x)
     zh = gru_reset_before_mix(params, carry, zx)
-    return gru_reset_before_update(params, carry, zx, zh)
+    return gru_reset_before_update(params, carry, zx, zh, activation, gate_activation)
 
 
 @config
@@ -147,6 +178,8 @@ class GRU:
       hidden_size: ``H``.
       reset_after: applies the reset gate after the recurrent product (cuDNN, PyTorch,
         Keras' default); false is the published form, :func:`gru_reset_before_step`.
+      activation: of the candidate; any module-level function.
+      gate_activation: of the two gates.
       double_bias: adds a second bias to every gate, as PyTorch has it.
       learned_carry: learns the fresh carry, which starts at zero.
       w_ih_init: initialiser of ``w_ih``, gate by gate.
@@ -163,6 +196,8 @@ class GRU:
 
     hidden_size: int
     reset_after: bool = True
+    activation: Activation = tanh
+    gate_activation: Activation = sigmoid
     double_bias: bool = False
     learned_carry: bool = False
     w_ih_init: Initializer = initialisers.glorot_uniform
@@ -173,6 +208,7 @@ class GRU:
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden_size")
+        check_activations(self, "activation", "gate_activation")
 
     def mix(self, params: GRUParams, carry: GRUCarry, zx: Array) -> Array:
         """Computes the recurrent product."""
@@ -184,14 +220,15 @@ class GRU:
     ) -> tuple[GRUCarry, Array]:
         """Applies the gates."""
         update = gru_update if self.reset_after else gru_reset_before_update
-        return update(params, carry, zx, zh)
+        functions = self.activation, self.gate_activation
+        return update(params, carry, zx, zh, *functions)
 
     def step(
         self, params: GRUParams, carry: GRUCarry, x: Array
     ) -> tuple[GRUCarry, Array]:
         """Advances one step."""
         step = gru_step if self.reset_after else gru_reset_before_step
-        return step(params, carry, x)
+        return step(params, carry, x, self.activation, self.gate_activation)
 
     def init(self, key: Array, x: Array) -> GRUParams:
         """Makes params for inputs like ``x [..., D]``."""

@@ -9,9 +9,17 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine, fresh, gates, tanh
+from jlstm.cells.gates import activate, affine, fresh, sigmoid, tanh
 from jlstm.init import Chrono, per_gate
-from jlstm.types import Array, Initializer, check_positive, config, float_dtype
+from jlstm.types import (
+    Activation,
+    Array,
+    Initializer,
+    check_activations,
+    check_positive,
+    config,
+    float_dtype,
+)
 
 
 @struct.dataclass
@@ -46,18 +54,27 @@ def lstm_mix(params: LSTMParams, carry: LSTMCarry, zx: Array) -> Array:
 
 
 def lstm_update(
-    params: LSTMParams, carry: LSTMCarry, zx: Array, zh: Array
+    params: LSTMParams,
+    carry: LSTMCarry,
+    zx: Array,
+    zh: Array,
+    activation: Activation = tanh,
+    gate_activation: Activation = sigmoid,
 ) -> tuple[LSTMCarry, Array]:
     """Applies the gates to the pre-activations ``zx + zh``, ``[..., 4H]``."""
     del params
-    i, f, g, o = gates(zx + zh, "ssts")
+    i, f, g, o = activate(zx + zh, "ssts", activation, gate_activation)
     c = f * carry.c + i * g
-    h = o * tanh(c)
+    h = o * activation(c)
     return LSTMCarry(h, c), h
 
 
 def lstm_step(
-    params: LSTMParams, carry: LSTMCarry, x: Array
+    params: LSTMParams,
+    carry: LSTMCarry,
+    x: Array,
+    activation: Activation = tanh,
+    gate_activation: Activation = sigmoid,
 ) -> tuple[LSTMCarry, Array]:
     r"""Advances an LSTM by one time step.
 
@@ -70,6 +87,8 @@ def lstm_step(
       params: ``w_ih [D, 4H]``, ``w_hh [H, 4H]``, ``b [4H]``.
       carry: ``h`` and ``c`` of the step before, ``[..., H]`` each.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+      activation: replaces both tanh.
+      gate_activation: replaces the sigmoids.
 
     Returns:
       The new carry, and the output ``[..., H]``, which is the new ``h``.
@@ -86,7 +105,8 @@ def lstm_step(
       Hochreiter & Schmidhuber, 1997; Gers, Schmidhuber & Cummins, 2000 (forget gate).
     """
     zx = lstm_project(params, x)
-    return lstm_update(params, carry, zx, lstm_mix(params, carry, zx))
+    zh = lstm_mix(params, carry, zx)
+    return lstm_update(params, carry, zx, zh, activation, gate_activation)
 
 
 @config
@@ -97,6 +117,8 @@ class LSTM:
       hidden_size: ``H``.
       forget_bias: added to the forget gate's bias at init (Jozefowicz et al., 2015),
         or ``jlstm.init.Chrono(max_time)``, which sets the input gate's bias too.
+      activation: of the candidate and of the memory; any module-level function.
+      gate_activation: of the three gates.
       double_bias: adds a second bias, as PyTorch has it; the function is the same, but
         an optimizer moves the sum of the two twice as far.
       learned_carry: learns the fresh carry, which starts at zero.
@@ -114,6 +136,8 @@ class LSTM:
 
     hidden_size: int
     forget_bias: float | Chrono = 1.0
+    activation: Activation = tanh
+    gate_activation: Activation = sigmoid
     double_bias: bool = False
     learned_carry: bool = False
     w_ih_init: Initializer = initialisers.glorot_uniform
@@ -122,11 +146,23 @@ class LSTM:
 
     project = staticmethod(lstm_project)
     mix = staticmethod(lstm_mix)
-    update = staticmethod(lstm_update)
-    step = staticmethod(lstm_step)
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden_size")
+        check_activations(self, "activation", "gate_activation")
+
+    def update(
+        self, params: LSTMParams, carry: LSTMCarry, zx: Array, zh: Array
+    ) -> tuple[LSTMCarry, Array]:
+        """Applies the gates."""
+        functions = self.activation, self.gate_activation
+        return lstm_update(params, carry, zx, zh, *functions)
+
+    def step(
+        self, params: LSTMParams, carry: LSTMCarry, x: Array
+    ) -> tuple[LSTMCarry, Array]:
+        """Advances one step."""
+        return lstm_step(params, carry, x, self.activation, self.gate_activation)
 
     def init(self, key: Array, x: Array) -> LSTMParams:
         """Makes params for inputs like ``x [..., D]``."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jlstm.cells.gates import sigmoid, tanh
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams
 from jlstm.kernels import fused
 from jlstm.kernels.request import Request
@@ -36,6 +37,8 @@ def why_not(cell: Cell, request: Request) -> str | None:
     """Says why this loop cannot run a cell as asked, or ``None`` if it can."""
     if type(cell) is not LSTM:
         return f"computes an LSTM, got {cell!r}"
+    if (cell.activation, cell.gate_activation) != (tanh, sigmoid):
+        return "computes tanh and sigmoid, got other activations"
     if request.mask == "mask":
         return "takes padding at the end of rows, as lengths; got a mask"
     if request.resets:

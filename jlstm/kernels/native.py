@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlstm.cells.gates import sigmoid, tanh
 from jlstm.cells.gru import GRU, GRUCarry, GRUParams
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams
 from jlstm.cells.wrappers import Lookup
@@ -41,8 +42,10 @@ def why_not(cell: Cell, request: Request) -> str | None:
     if type(cell) is Lookup:
         floats = {d for d in request.dtypes or () if jnp.issubdtype(d, jnp.inexact)}
         cell, request = cell.cell, request._replace(dtypes=frozenset(floats) or None)
-    if type(cell) not in (LSTM, GRU):
+    if type(cell) is not LSTM and type(cell) is not GRU:
         return f"has loops for LSTM and GRU, got {cell!r}"
+    if (cell.activation, cell.gate_activation) != (tanh, sigmoid):
+        return "computes tanh and sigmoid, got other activations"
     if isinstance(cell, GRU) and not cell.reset_after:
         return "has no loop for a GRU with reset_after=False"
     request = request._replace(checkpoint_every=False)  # which is cut outside the loop

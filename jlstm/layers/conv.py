@@ -12,11 +12,11 @@ from flax import struct
 from jlstm import door
 from jlstm import init as initialisers
 from jlstm.cells.gates import affine
-from jlstm.layers.pointwise import check_activation
 from jlstm.layers.recurrent import wrong_carry
 from jlstm.types import (
     Array,
     Initializer,
+    check_activations,
     check_positive,
     common_dtype,
     config,
@@ -86,7 +86,7 @@ class Conv:
 
     def __post_init__(self) -> None:
         check_positive(self, "size", "width", "stride", "dilation")
-        check_activation(self)
+        check_activations(self, "activation", optional=True)
         if self.padding not in get_args(Padding):
             names = ", ".join(repr(name) for name in get_args(Padding))
             raise ValueError(

@@ -18,6 +18,7 @@ from jlstm.types import (
     Array,
     Initializer,
     PyTree,
+    check_activations,
     check_positive,
     common_dtype,
     config,
@@ -105,21 +106,6 @@ class Dropout(Pointwise):
         return structure.unflatten(map(drop, leaves, keys))
 
 
-def check_activation(config: Any) -> None:
-    """Refuses an activation that cannot be called, such as its name.
-
-    Raises:
-      TypeError: saying what to write.
-    """
-    given = config.activation
-    if given is not None and not callable(given):
-        known = isinstance(given, str) and hasattr(jax.nn, given)
-        raise TypeError(
-            f"{type(config).__name__}.activation: must be a function or None, got "
-            f"{given!r}; give jax.nn.{given if known else 'relu, say'}"
-        )
-
-
 @struct.dataclass
 class DenseParams:
     """Weights of an affine map."""
@@ -153,7 +139,7 @@ class Dense(Pointwise):
 
     def __post_init__(self) -> None:
         check_positive(self, "size")
-        check_activation(self)
+        check_activations(self, "activation", optional=True)
 
     def init(self, key: Array, xs: Array) -> DenseParams:
         """Makes params for inputs like ``xs [B, T, D]``."""

@@ -1,9 +1,10 @@
-"""Wrappers around an LSTM, in their deterministic forms."""
+"""Other activations, and wrappers in their deterministic forms."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 import jlstm
@@ -52,7 +53,38 @@ def residual(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
     return carry, x + y
 
 
+def hard(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Keras' LSTM of old: hard sigmoids, here with a softsign."""
+    h, c = carry
+    z = x @ p.w_ih + h @ p.w_hh + p.b
+    i, f, g, o = np.split(z, 4, -1)
+    i, f, o = (np.clip(a / 6 + 0.5, 0, 1) for a in (i, f, o))
+    c = f * c + i * (g / (1 + np.abs(g)))
+    h = o * (c / (1 + np.abs(c)))
+    return (h, c), h
+
+
+def soft(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """A GRU that resets after its product, with other functions."""
+    (h,) = carry
+    x_r, x_z, x_n = np.split(x @ p.w_ih + p.b, 3, -1)
+    h_r, h_z, h_n = np.split(h @ p.w_hh, 3, -1)
+    r, z = (np.clip(a / 6 + 0.5, 0, 1) for a in (x_r + h_r, x_z + h_z))
+    n = x_n + r * (h_n + p.b_hh)
+    n = n / (1 + np.abs(n))
+    h = (1 - z) * n + z * h
+    return (h,), h
+
+
 CASES = [
+    Case(
+        jlstm.LSTM(4, 1.0, jax.nn.soft_sign, jax.nn.hard_sigmoid), loop(hard), "Keras 2"
+    ),
+    Case(
+        jlstm.GRU(3, activation=jax.nn.soft_sign, gate_activation=jax.nn.hard_sigmoid),
+        loop(soft),
+        "Cho 2014",
+    ),
     Case(jlstm.Zoneout(LSTM, h=0.3, c=0.6), loop(zoneout), "Krueger 2017"),
     Case(jlstm.VariationalDropout(LSTM, 0.2, 0.3), loop(lstm), "Gal 2016, no key"),
     Case(jlstm.DropConnect(LSTM, 0.5), loop(lstm), "Wan 2013, no key"),
