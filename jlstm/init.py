@@ -6,14 +6,17 @@ and the scale of an input matrix does not depend on the number of gates.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlstm.types import Array, Initializer, common_dtype, config
+
+CellT = TypeVar("CellT", bound=Any)
 
 
 def zeros(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -133,9 +136,152 @@ class Pretrained:
         return f"Pretrained({list(self.values.shape)}, sha256='{self.digest[:8]}')"
 
 
+@config
+class Joint:
+    """Draws the matrix of all gates at once, not gate by gate.
+
+    Keras and ``nnx.OptimizedLSTMCell`` do so: the rows of an orthogonal ``[H, 4H]`` are
+    orthonormal, and the gates in it are not.
+
+    Example:
+      >>> jlstm.LSTM(8, w_hh_init=jlstm.init.Joint(jlstm.init.orthogonal))
+      LSTM(8, w_hh_init=Joint(jlstm.init.orthogonal))
+    """
+
+    init: Initializer
+
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Draws an array."""
+        return self.init(key, shape, dtype)
+
+
+@config
+class TruncatedNormal:
+    """Draws from a normal of mean 0, cut at two deviations; ``stddev`` is before that.
+
+    Haiku's LSTM has ``stddev = (D + H) ** -0.5``.
+    """
+
+    stddev: float
+
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Draws an array."""
+        drawn = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
+        return drawn * jnp.asarray(self.stddev, dtype)
+
+
 def per_gate(
     init: Initializer, key: Array, gates: int, shape: tuple[int, ...], dtype: Any
 ) -> Array:
     """Draws one block a gate and joins them on the last axis, ``[..., gates * H]``."""
+    if isinstance(init, Joint):
+        return init(key, (*shape[:-1], gates * shape[-1]), dtype)
     keys = jax.random.split(key, gates)
     return jnp.concatenate([init(k, shape, dtype) for k in keys], axis=-1)
+
+
+# The distributions of other libraries, so that runs can be compared with theirs.
+
+
+def as_torch(cell: CellT) -> CellT:
+    r"""Gives a cell PyTorch's initialisation, :math:`U(-H^{-1/2}, H^{-1/2})`.
+
+    Both biases are drawn, where the cell has two; none is added to the forget gate.
+
+    Args:
+      cell: ``LSTM``, ``GRU`` or ``Elman``.
+
+    Returns:
+      The cell with these options.
+
+    Example:
+      >>> jlstm.init.as_torch(jlstm.Elman(4)).w_hh_init
+      Uniform(0.5)
+    """
+    draw = Uniform(_size(cell) ** -0.5)
+    return _with(cell, draw, draw, draw, forget_bias=0.0, double_bias=True)
+
+
+def as_equinox(cell: CellT) -> CellT:
+    """Gives a cell Equinox's initialisation: PyTorch's, with one bias.
+
+    Example:
+      >>> jlstm.init.as_equinox(jlstm.GRU(4)).b_init
+      Uniform(0.5)
+    """
+    draw = Uniform(_size(cell) ** -0.5)
+    return _with(cell, draw, draw, draw, forget_bias=0.0, double_bias=False)
+
+
+def as_keras(cell: CellT) -> CellT:
+    """Gives a cell Keras' initialisation, of the matrices of all gates at once.
+
+    Example:
+      >>> jlstm.init.as_keras(jlstm.LSTM(4)).w_hh_init
+      Joint(jlstm.init.orthogonal)
+    """
+    double_bias = getattr(cell, "reset_after", False)  # its GRU has two
+    matrices = Joint(glorot_uniform), Joint(orthogonal)
+    return _with(cell, *matrices, zeros, forget_bias=1.0, double_bias=double_bias)
+
+
+def as_flax(cell: CellT) -> CellT:
+    """Gives a cell the initialisation of Flax's linen, and of ``nnx.LSTMCell``.
+
+    Example:
+      >>> jlstm.init.as_flax(jlstm.LSTM(4)).forget_bias
+      0.0
+    """
+    options = {"forget_bias": 0.0, "double_bias": False}
+    return _with(cell, lecun_normal, orthogonal, zeros, **options)
+
+
+def as_nnx(cell: CellT) -> CellT:
+    """Gives a cell the initialisation of ``nnx.OptimizedLSTMCell`` and ``nnx.GRUCell``.
+
+    Example:
+      >>> jlstm.init.as_nnx(jlstm.GRU(4)).w_hh_init
+      Joint(jlstm.init.orthogonal)
+    """
+    options = {"forget_bias": 0.0, "double_bias": False}
+    return _with(cell, lecun_normal, Joint(orthogonal), zeros, **options)
+
+
+def as_haiku(cell: CellT, input_size: int) -> CellT:
+    """Gives a cell Haiku's initialisation.
+
+    Args:
+      cell: ``LSTM`` or ``GRU(H, reset_after=False)``.
+      input_size: ``D``, which the recurrent weights of its LSTM depend on too.
+
+    Returns:
+      The cell with these options.
+
+    Example:
+      >>> jlstm.init.as_haiku(jlstm.LSTM(9), input_size=7).w_hh_init
+      TruncatedNormal(0.25)
+    """
+    if hasattr(cell, "reset_after"):
+        return _with(cell, lecun_normal, lecun_normal, zeros, double_bias=False)
+    draw = TruncatedNormal((input_size + _size(cell)) ** -0.5)
+    return _with(cell, draw, draw, zeros, forget_bias=1.0, double_bias=False)
+
+
+def _with(
+    cell: Any, w_ih: Initializer, w_hh: Initializer, b: Initializer, **options: Any
+) -> Any:
+    _size(cell)
+    given = {"w_ih_init": w_ih, "w_hh_init": w_hh, "w_hr_init": w_hh, "b_init": b}
+    names = {field.name for field in dataclasses.fields(cell)}
+    chosen = {k: v for k, v in (given | options).items() if k in names}
+    return dataclasses.replace(cell, **chosen)
+
+
+def _size(cell: Any) -> int:
+    needed = ("hidden_size", "w_ih_init", "w_hh_init", "b_init")
+    if missing := [name for name in needed if not hasattr(cell, name)]:
+        raise ValueError(
+            f"init: needs a cell that has {', '.join(needed)}, got {cell!r} without "
+            f"{missing[0]}; wrap it afterwards"
+        )
+    return cell.hidden_size

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -501,7 +501,7 @@ MISTAKES = {
         "Policy.compute: must be a floating dtype, such as jnp.bfloat16, got bf16",
     ),
     "an activation by its name": Mistake(
-        lambda: jlstm.LSTM(4, activation="relu"),
+        lambda: jlstm.LSTM(4, activation=cast(Any, "relu")),
         TypeError,
         "LSTM.activation: must be a function, got 'relu'; give jax.nn.relu",
     ),
