@@ -71,13 +71,14 @@ class Normal:
 
 @config
 class Chrono:
-    r"""Chrono initialisation of an LSTM's gate biases.
+    r"""Chrono initialisation of the gate biases of an LSTM, or a GRU.
 
     .. math::
         b_f \sim \log U(1, T_{max} - 1), \qquad b_i = -b_f
 
     so that the memory times of the cells spread up to ``max_time`` steps. Give it as
-    ``LSTM(H, forget_bias=Chrono(max_time))``.
+    ``LSTM(H, forget_bias=Chrono(max_time))``, or as ``GRU(H, update_bias=...)``, whose
+    :math:`b_z` is :math:`b_f`.
 
     References:
       Tallec & Ollivier, Can recurrent neural networks warp time?, 2018.

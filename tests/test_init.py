@@ -120,6 +120,22 @@ def test_default_recurrent_matrix_is_orthogonal_gate_by_gate():
             np.testing.assert_allclose(block @ block.T, np.eye(H), atol=1e-5)
 
 
+def test_chrono_spreads_the_memory_times_of_both_cells():
+    chrono = jlstm.init.Chrono(100)
+    lstm = weights(jlstm.LSTM(400, forget_bias=chrono))
+    i, f, g, o = np.split(lstm.b, 4)
+    gru = weights(jlstm.GRU(400, update_bias=chrono))
+    r, z, n = np.split(gru.b, 3)
+    np.testing.assert_array_equal(i, -f)
+    for bias in (f, z):
+        times = np.exp(bias)
+        assert 1 <= times.min() < 3
+        assert 96 < times.max() <= 99
+        np.testing.assert_allclose(times.mean(), 50, rtol=0.1)
+    for rest in (g, o, r, n):
+        assert not rest.any()
+
+
 def test_a_cell_without_these_options_is_refused():
     with pytest.raises(
         ValueError, match=r"init: needs a cell .* without hidden_size; wrap"

@@ -10,7 +10,7 @@ from flax import struct
 
 from jlstm import init as initialisers
 from jlstm.cells.gates import activate, add_vector, affine, fresh, sigmoid, tanh
-from jlstm.init import per_gate
+from jlstm.init import Chrono, per_gate
 from jlstm.types import (
     Activation,
     Array,
@@ -178,6 +178,8 @@ class GRU:
       hidden_size: ``H``.
       reset_after: applies the reset gate after the recurrent product (cuDNN, PyTorch,
         Keras' default); false is the published form, :func:`gru_reset_before_step`.
+      update_bias: added to the bias of z at init, so that more is kept; or
+        ``jlstm.init.Chrono(max_time)``.
       activation: of the candidate; any module-level function.
       gate_activation: of the two gates.
       double_bias: adds a second bias to every gate, as PyTorch has it.
@@ -196,6 +198,7 @@ class GRU:
 
     hidden_size: int
     reset_after: bool = True
+    update_bias: float | Chrono = 0.0
     activation: Activation = tanh
     gate_activation: Activation = sigmoid
     double_bias: bool = False
@@ -232,8 +235,13 @@ class GRU:
 
     def init(self, key: Array, x: Array) -> GRUParams:
         """Makes params for inputs like ``x [..., D]``."""
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 5)
         size, dtype = self.hidden_size, float_dtype(x)
+        b = per_gate(self.b_init, keys[2], 3, (size,), dtype)
+        if isinstance(self.update_bias, Chrono):
+            update = self.update_bias(keys[4], (size,), dtype)
+        else:
+            update = jnp.full((size,), self.update_bias, dtype)
         b_hh = None
         if self.double_bias or self.reset_after:
             gate_count = 3 if self.double_bias else 1
@@ -241,7 +249,7 @@ class GRU:
         return GRUParams(
             w_ih=per_gate(self.w_ih_init, keys[0], 3, (x.shape[-1], size), dtype),
             w_hh=per_gate(self.w_hh_init, keys[1], 3, (size, size), dtype),
-            b=per_gate(self.b_init, keys[2], 3, (size,), dtype),
+            b=b.at[size : 2 * size].add(update),
             b_hh=b_hh,
             h0=jnp.zeros((size,), dtype) if self.learned_carry else None,
         )
