@@ -2,6 +2,7 @@
 
 from jlstm import cells, data, decode, init, testing, train
 from jlstm.cells import (
+    CIFG,
     GRU,
     LSTM,
     ClipCarry,
@@ -75,6 +76,7 @@ from jlstm.types import Cell, Layer, Policy, config, gated, where_rows, zero_row
 __version__ = "0.1.0"
 
 __all__ = [
+    "CIFG",
     "GRU",
     "LSTM",
     "RNN",

@@ -7,6 +7,7 @@ from jlstm.cells.constraints import (
     WeightNormParams,
 )
 from jlstm.cells.dropout import DropConnect, VariationalDropout, Zoneout
+from jlstm.cells.cifg import CIFG, CIFGCarry, CIFGParams, cifg_step
 from jlstm.cells.elman import Elman, ElmanCarry, ElmanParams, elman_step
 from jlstm.cells.gates import (
     activate,
@@ -35,10 +36,13 @@ from jlstm.cells.peephole import (
 from jlstm.cells.wrappers import Precision, Wrapper, prepare
 
 __all__ = [
+    "CIFG",
     "GRU",
     "LSTM",
     "ClipCarry",
     "DropConnect",
+    "CIFGCarry",
+    "CIFGParams",
     "Elman",
     "ElmanCarry",
     "ElmanParams",
@@ -59,6 +63,7 @@ __all__ = [
     "activate",
     "add_vector",
     "affine",
+    "cifg_step",
     "elman_step",
     "fresh",
     "gates",

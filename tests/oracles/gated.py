@@ -23,6 +23,22 @@ def peephole(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
     return (h, c), h
 
 
+def cifg(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Greff et al. (2017): the input gate is 1 - f."""
+    h, c = carry
+    (w_f, w_g, w_o), (u_f, u_g, u_o), (b_f, b_g, b_o) = (
+        np.split(a, 3, -1) for a in (p.w_ih, p.w_hh, p.b)
+    )
+    f = sigmoid(x @ w_f + h @ u_f + b_f)
+    i = 1 - f
+    block_input = np.tanh(x @ w_g + h @ u_g + b_g)
+    c = block_input * i + c * f
+    o = sigmoid(x @ w_o + h @ u_o + b_o)
+    h = np.tanh(c) * o
+    return (h, c), h
+
+
 CASES = [
     Case(jlstm.PeepholeLSTM(3, learned_carry=True), loop(peephole), "Gers 2000"),
+    Case(jlstm.CIFG(3, learned_carry=True), loop(cifg), "Greff 2017"),
 ]

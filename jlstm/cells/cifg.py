@@ -1,0 +1,148 @@
+"""LSTM whose input gate is what its forget gate leaves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jlstm import init as initialisers
+from jlstm.cells.gates import affine, fresh, gates, tanh
+from jlstm.init import per_gate
+from jlstm.types import Array, Initializer, check_positive, config, float_dtype
+
+
+@struct.dataclass
+class CIFGParams:
+    """Weights of an LSTM with coupled gates; gates in the order f, g, o."""
+
+    w_ih: Array  # [D, 3H]
+    w_hh: Array  # [H, 3H]
+    b: Array  # [3H]
+    h0: Array | None = None  # [H], the learned fresh carry
+    c0: Array | None = None  # [H]
+
+
+class CIFGCarry(NamedTuple):
+    """Carry of an LSTM with coupled gates."""
+
+    h: Array  # [..., H]
+    c: Array  # [..., H]
+
+
+def cifg_project(params: CIFGParams, x: Array) -> Array:
+    """Computes the part of the pre-activations that depends on ``x`` alone."""
+    return affine(x, params.w_ih, params.b)
+
+
+def cifg_mix(params: CIFGParams, carry: CIFGCarry, zx: Array) -> Array:
+    """Computes the recurrent product ``h @ w_hh``, ``[..., 3H]``."""
+    del zx
+    return carry.h @ params.w_hh
+
+
+def cifg_update(
+    params: CIFGParams, carry: CIFGCarry, zx: Array, zh: Array
+) -> tuple[CIFGCarry, Array]:
+    """Applies the gates to the pre-activations ``zx + zh``, ``[..., 3H]``."""
+    del params
+    f, g, o = gates(zx + zh, "sts")
+    c = g - f * g + f * carry.c
+    h = o * tanh(c)
+    return CIFGCarry(h, c), h
+
+
+def cifg_step(
+    params: CIFGParams, carry: CIFGCarry, x: Array
+) -> tuple[CIFGCarry, Array]:
+    r"""Advances an LSTM with coupled input and forget gates by one time step.
+
+    .. math::
+        f, g, o &= x W_{ih} + h W_{hh} + b \\
+        c' &= \sigma(f) \odot c + (1 - \sigma(f)) \odot \tanh(g) \\
+        h' &= \sigma(o) \odot \tanh(c')
+
+    Args:
+      params: ``w_ih [D, 3H]``, ``w_hh [H, 3H]``, ``b [3H]``.
+      carry: ``h`` and ``c`` of the step before, ``[..., H]`` each.
+      x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+
+    Returns:
+      The new carry, and the output ``[..., H]``, which is the new ``h``.
+
+    Example:
+      >>> cell, x = jlstm.CIFG(8), jnp.ones((2, 3))
+      >>> params = cell.init(jax.random.key(0), x)
+      >>> carry, y = cell.step(params, cell.init_carry(params, (2,)), x)
+      >>> y.shape
+      (2, 8)
+
+    References:
+      Greff, Srivastava, Koutník, Steunebrink & Schmidhuber, LSTM: a search space
+      odyssey, 2017.
+    """
+    zx = cifg_project(params, x)
+    return cifg_update(params, carry, zx, cifg_mix(params, carry, zx))
+
+
+@config
+class CIFG:
+    """LSTM with coupled gates; see :func:`jlstm.cells.cifg_step` for the formula.
+
+    It has three quarters of an LSTM's weights, and its cell state stays within -1 and
+    1 if it begins there.
+
+    Attributes:
+      hidden_size: ``H``.
+      forget_bias: added to the forget gate's bias at init.
+      learned_carry: learns the fresh carry, which starts at zero.
+      w_ih_init: initialiser of ``w_ih``, gate by gate.
+      w_hh_init: initialiser of ``w_hh``, gate by gate.
+      b_init: initialiser of the biases, before ``forget_bias``.
+
+    Example:
+      >>> layer = jlstm.RNN(jlstm.CIFG(8))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), xs), xs)
+      >>> ys.shape
+      (2, 5, 8)
+    """
+
+    hidden_size: int
+    forget_bias: float = 1.0
+    learned_carry: bool = False
+    w_ih_init: Initializer = initialisers.glorot_uniform
+    w_hh_init: Initializer = initialisers.orthogonal
+    b_init: Initializer = initialisers.zeros
+
+    project = staticmethod(cifg_project)
+    mix = staticmethod(cifg_mix)
+    update = staticmethod(cifg_update)
+    step = staticmethod(cifg_step)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden_size")
+
+    def init(self, key: Array, x: Array) -> CIFGParams:
+        """Makes params for inputs like ``x [..., D]``."""
+        keys = jax.random.split(key, 3)
+        size, dtype = self.hidden_size, float_dtype(x)
+        b = per_gate(self.b_init, keys[2], 3, (size,), dtype)
+        zeros = jnp.zeros((size,), dtype) if self.learned_carry else None
+        return CIFGParams(
+            w_ih=per_gate(self.w_ih_init, keys[0], 3, (x.shape[-1], size), dtype),
+            w_hh=per_gate(self.w_hh_init, keys[1], 3, (size, size), dtype),
+            b=b.at[:size].add(jnp.asarray(self.forget_bias, dtype)),
+            h0=zeros,
+            c0=zeros,
+        )
+
+    def init_carry(self, params: CIFGParams, batch_shape: tuple[int, ...]) -> CIFGCarry:
+        """Makes the fresh carry, ``[*batch_shape, H]`` each."""
+        h, c = (
+            fresh(leaf, self.hidden_size, batch_shape, params.w_hh)
+            for leaf in (params.h0, params.c0)
+        )
+        return CIFGCarry(h, c)
