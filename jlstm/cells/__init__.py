@@ -27,6 +27,7 @@ from jlstm.cells.gru import (
     gru_step,
 )
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams, lstm_step
+from jlstm.cells.lstmp import LSTMP, LSTMPCarry, LSTMPParams, lstmp_step
 from jlstm.cells.peephole import (
     PeepholeLSTM,
     PeepholeLSTMCarry,
@@ -41,6 +42,7 @@ __all__ = [
     "LSTM",
     "ClipCarry",
     "DropConnect",
+    "LSTMP",
     "CIFGCarry",
     "CIFGParams",
     "Elman",
@@ -49,6 +51,8 @@ __all__ = [
     "GRUCarry",
     "GRUParams",
     "LSTMCarry",
+    "LSTMPCarry",
+    "LSTMPParams",
     "LSTMParams",
     "PeepholeLSTM",
     "PeepholeLSTMCarry",
@@ -70,6 +74,7 @@ __all__ = [
     "gru_reset_before_step",
     "gru_step",
     "lstm_step",
+    "lstmp_step",
     "peephole_lstm_step",
     "prepare",
     "row",

@@ -38,7 +38,42 @@ def cifg(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
     return (h, c), h
 
 
+def lstmp(cell_clip: float = np.inf, proj_clip: float = np.inf) -> Any:
+    """Sak et al. (2014) without peepholes and the second projection, with clips."""
+
+    def step(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+        r, c = carry
+        b = p.b if p.b_hh is None else p.b + p.b_hh
+        i, f, g, o = (
+            x @ w + r @ u + bias
+            for w, u, bias in zip(
+                np.split(p.w_ih, 4, -1),
+                np.split(p.w_hh, 4, -1),
+                np.split(b, 4),
+                strict=True,
+            )
+        )
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        c = np.minimum(np.maximum(c, -cell_clip), cell_clip)
+        m = sigmoid(o) * np.tanh(c)
+        r = np.minimum(np.maximum(m @ p.w_hr, -proj_clip), proj_clip)
+        return (r, c), r
+
+    return step
+
+
 CASES = [
     Case(jlstm.PeepholeLSTM(3, learned_carry=True), loop(peephole), "Gers 2000"),
     Case(jlstm.CIFG(3, learned_carry=True), loop(cifg), "Greff 2017"),
+    Case(
+        jlstm.LSTMP(4, 2, double_bias=True, learned_carry=True),
+        loop(lstmp()),
+        "Sak 2014",
+    ),
+    Case(
+        jlstm.LSTMP(2, 4, cell_clip=0.4, proj_clip=0.3),
+        loop(lstmp(0.4, 0.3)),
+        "Sak 2014",
+        smooth=False,
+    ),
 ]

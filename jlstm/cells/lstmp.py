@@ -1,0 +1,201 @@
+"""LSTM that hands on a projection of its output."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jlstm import init as initialisers
+from jlstm.cells.gates import affine, fresh, gates, tanh
+from jlstm.init import per_gate
+from jlstm.types import Array, Initializer, check_positive, config, float_dtype
+
+
+@struct.dataclass
+class LSTMPParams:
+    """Weights of an LSTM with projection to ``P``; gates in the order i, f, g, o."""
+
+    w_ih: Array  # [D, 4H]
+    w_hh: Array  # [P, 4H]
+    w_hr: Array  # [H, P], the projection
+    b: Array  # [4H]
+    b_hh: Array | None = None  # [4H], the second bias
+    h0: Array | None = None  # [P], the learned fresh carry
+    c0: Array | None = None  # [H]
+
+
+class LSTMPCarry(NamedTuple):
+    """Carry of an LSTM with projection."""
+
+    h: Array  # [..., P]
+    c: Array  # [..., H]
+
+
+def lstmp_project(params: LSTMPParams, x: Array) -> Array:
+    """Computes the part of the pre-activations that depends on ``x`` alone."""
+    b = params.b if params.b_hh is None else params.b + params.b_hh
+    return affine(x, params.w_ih, b)
+
+
+def lstmp_mix(params: LSTMPParams, carry: LSTMPCarry, zx: Array) -> Array:
+    """Computes the recurrent product ``h @ w_hh``, ``[..., 4H]``."""
+    del zx
+    return carry.h @ params.w_hh
+
+
+def lstmp_update(
+    params: LSTMPParams,
+    carry: LSTMPCarry,
+    zx: Array,
+    zh: Array,
+    *,
+    cell_clip: float | None = None,
+    proj_clip: float | None = None,
+) -> tuple[LSTMPCarry, Array]:
+    """Applies the gates to ``zx + zh``, ``[..., 4H]``, and projects."""
+    i, f, g, o = gates(zx + zh, "ssts")
+    c = _clip(f * carry.c + i * g, cell_clip)
+    # Here and not in mix, since the output is the projection.
+    h = _clip((o * tanh(c)) @ params.w_hr, proj_clip)
+    return LSTMPCarry(h, c), h
+
+
+def _clip(x: Array, limit: float | None) -> Array:
+    return x if limit is None else jnp.clip(x, -limit, limit)
+
+
+def lstmp_step(
+    params: LSTMPParams,
+    carry: LSTMPCarry,
+    x: Array,
+    *,
+    cell_clip: float | None = None,
+    proj_clip: float | None = None,
+) -> tuple[LSTMPCarry, Array]:
+    r"""Advances an LSTM with recurrent projection by one time step.
+
+    .. math::
+        i, f, g, o &= x W_{ih} + h W_{hh} + b \\
+        c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
+        h' &= (\sigma(o) \odot \tanh(c')) W_{hr}
+
+    Args:
+      params: ``w_ih [D, 4H]``, ``w_hh [P, 4H]``, ``w_hr [H, P]``, ``b [4H]``.
+      carry: ``h [..., P]`` and ``c [..., H]`` of the step before.
+      x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+      cell_clip: clips :math:`c'` to within this of zero.
+      proj_clip: clips :math:`h'` to within this of zero.
+
+    Returns:
+      The new carry, and the output ``[..., P]``, which is the new ``h``.
+
+    Example:
+      >>> cell, x = jlstm.LSTMP(8, proj_size=4), jnp.ones((2, 3))
+      >>> params = cell.init(jax.random.key(0), x)
+      >>> carry, y = cell.step(params, cell.init_carry(params, (2,)), x)
+      >>> y.shape, carry.c.shape
+      ((2, 4), (2, 8))
+
+    References:
+      Sak, Senior & Beaufays, Long short-term memory recurrent neural network
+      architectures for large scale acoustic modeling, 2014.
+    """
+    zx = lstmp_project(params, x)
+    zh = lstmp_mix(params, carry, zx)
+    clips = {"cell_clip": cell_clip, "proj_clip": proj_clip}
+    return lstmp_update(params, carry, zx, zh, **clips)
+
+
+@config
+class LSTMP:
+    """LSTM with projection; see :func:`jlstm.cells.lstmp_step` for the formula.
+
+    Attributes:
+      hidden_size: ``H``.
+      proj_size: ``P``, the size of ``h`` and of the outputs, as in PyTorch.
+      cell_clip: clips the cell state to within this of zero.
+      proj_clip: clips the output, which is what the next step sees, in the same way.
+      forget_bias: added to the forget gate's bias at init.
+      double_bias: adds a second bias, as PyTorch has it.
+      learned_carry: learns the fresh carry, which starts at zero.
+      w_ih_init: initialiser of ``w_ih``, gate by gate.
+      w_hh_init: initialiser of ``w_hh``, gate by gate.
+      w_hr_init: initialiser of the projection.
+      b_init: initialiser of the biases, before ``forget_bias``.
+
+    Example:
+      >>> layer = jlstm.RNN(jlstm.LSTMP(8, proj_size=4))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), xs), xs)
+      >>> ys.shape
+      (2, 5, 4)
+    """
+
+    hidden_size: int
+    proj_size: int
+    cell_clip: float | None = None
+    proj_clip: float | None = None
+    forget_bias: float = 1.0
+    double_bias: bool = False
+    learned_carry: bool = False
+    w_ih_init: Initializer = initialisers.glorot_uniform
+    w_hh_init: Initializer = initialisers.orthogonal
+    w_hr_init: Initializer = initialisers.orthogonal
+    b_init: Initializer = initialisers.zeros
+
+    project = staticmethod(lstmp_project)
+    mix = staticmethod(lstmp_mix)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden_size", "proj_size")
+        for name in ("cell_clip", "proj_clip"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and value > 0):
+                raise ValueError(
+                    f"LSTMP.{name}: must be a positive number or None, got {value!r}"
+                )
+
+    def update(
+        self, params: LSTMPParams, carry: LSTMPCarry, zx: Array, zh: Array
+    ) -> tuple[LSTMPCarry, Array]:
+        """Applies the gates, and projects."""
+        clips = {"cell_clip": self.cell_clip, "proj_clip": self.proj_clip}
+        return lstmp_update(params, carry, zx, zh, **clips)
+
+    def step(
+        self, params: LSTMPParams, carry: LSTMPCarry, x: Array
+    ) -> tuple[LSTMPCarry, Array]:
+        """Advances one step."""
+        clips = {"cell_clip": self.cell_clip, "proj_clip": self.proj_clip}
+        return lstmp_step(params, carry, x, **clips)
+
+    def init(self, key: Array, x: Array) -> LSTMPParams:
+        """Makes params for inputs like ``x [..., D]``."""
+        keys = jax.random.split(key, 5)
+        size, proj, dtype = self.hidden_size, self.proj_size, float_dtype(x)
+        b = per_gate(self.b_init, keys[2], 4, (size,), dtype)
+        b_hh = None
+        if self.double_bias:
+            b_hh = per_gate(self.b_init, keys[3], 4, (size,), dtype)
+        return LSTMPParams(
+            w_ih=per_gate(self.w_ih_init, keys[0], 4, (x.shape[-1], size), dtype),
+            w_hh=per_gate(self.w_hh_init, keys[1], 4, (proj, size), dtype),
+            w_hr=self.w_hr_init(keys[4], (size, proj), dtype),
+            b=b.at[size : 2 * size].add(jnp.asarray(self.forget_bias, dtype)),
+            b_hh=b_hh,
+            h0=jnp.zeros((proj,), dtype) if self.learned_carry else None,
+            c0=jnp.zeros((size,), dtype) if self.learned_carry else None,
+        )
+
+    def init_carry(
+        self, params: LSTMPParams, batch_shape: tuple[int, ...]
+    ) -> LSTMPCarry:
+        """Makes the fresh carry, ``[*batch_shape, P]`` and ``[*batch_shape, H]``."""
+        return LSTMPCarry(
+            fresh(params.h0, self.proj_size, batch_shape, params.w_hh),
+            fresh(params.c0, self.hidden_size, batch_shape, params.w_hh),
+        )
