@@ -26,6 +26,14 @@ from jlstm.cells.gru import (
     gru_reset_before_step,
     gru_step,
 )
+from jlstm.cells.layer_norm import (
+    LayerNormGRU,
+    LayerNormGRUParams,
+    LayerNormLSTM,
+    LayerNormLSTMParams,
+    layer_norm_gru_step,
+    layer_norm_lstm_step,
+)
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams, lstm_step
 from jlstm.cells.lstmp import LSTMP, LSTMPCarry, LSTMPParams, lstmp_step
 from jlstm.cells.peephole import (
@@ -54,6 +62,10 @@ __all__ = [
     "LSTMPCarry",
     "LSTMPParams",
     "LSTMParams",
+    "LayerNormGRU",
+    "LayerNormGRUParams",
+    "LayerNormLSTM",
+    "LayerNormLSTMParams",
     "PeepholeLSTM",
     "PeepholeLSTMCarry",
     "PeepholeLSTMParams",
@@ -73,6 +85,8 @@ __all__ = [
     "gates",
     "gru_reset_before_step",
     "gru_step",
+    "layer_norm_gru_step",
+    "layer_norm_lstm_step",
     "lstm_step",
     "lstmp_step",
     "peephole_lstm_step",

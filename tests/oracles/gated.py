@@ -62,6 +62,36 @@ def lstmp(cell_clip: float = np.inf, proj_clip: float = np.inf) -> Any:
     return step
 
 
+def layer_norm(a: np.ndarray, gain: np.ndarray, bias: Any = 0.0) -> np.ndarray:
+    """Ba et al. (2016), with haste's epsilon."""
+    mean = a.mean(-1, keepdims=True)
+    deviation = np.sqrt(np.mean((a - mean) ** 2, -1, keepdims=True) + 1e-5)
+    return gain / deviation * (a - mean) + bias
+
+
+def layer_norm_lstm(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Ba et al. (2016): gates normalised together, and the cell state."""
+    h, c = carry
+    normed = layer_norm(h @ p.w_hh, p.gamma_h) + layer_norm(x @ p.w_ih, p.gamma_x)
+    i, f, g, o = np.split(normed + p.b, 4, -1)
+    c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+    h = sigmoid(o) * np.tanh(layer_norm(c, p.gamma_c, p.beta_c))
+    return (h, c), h
+
+
+def layer_norm_gru(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """haste's GRU: Ba et al. (2016), but n normalised together with r and z."""
+    (h,) = carry
+    w_r, w_z, w_n = np.split(layer_norm(x @ p.w_ih, p.gamma_x), 3, -1)
+    u_r, u_z, u_n = np.split(layer_norm(h @ p.w_hh, p.gamma_h), 3, -1)
+    b_r, b_z, b_n = np.split(p.b, 3)
+    r = sigmoid(w_r + u_r + b_r)
+    z = sigmoid(w_z + u_z + b_z)
+    n = np.tanh(w_n + b_n + r * (u_n + p.b_hh))
+    h = z * h + (1 - z) * n
+    return (h,), h
+
+
 CASES = [
     Case(jlstm.PeepholeLSTM(3, learned_carry=True), loop(peephole), "Gers 2000"),
     Case(jlstm.CIFG(3, learned_carry=True), loop(cifg), "Greff 2017"),
@@ -76,4 +106,10 @@ CASES = [
         "Sak 2014",
         smooth=False,
     ),
+    Case(
+        jlstm.LayerNormLSTM(3, learned_carry=True),
+        loop(layer_norm_lstm),
+        "Ba 2016",
+    ),
+    Case(jlstm.LayerNormGRU(3, learned_carry=True), loop(layer_norm_gru), "Ba 2016"),
 ]
