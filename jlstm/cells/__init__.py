@@ -36,6 +36,14 @@ from jlstm.cells.layer_norm import (
 )
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams, lstm_step
 from jlstm.cells.lstmp import LSTMP, LSTMPCarry, LSTMPParams, lstmp_step
+from jlstm.cells.multi_head import (
+    MultiHeadGRU,
+    MultiHeadGRUParams,
+    MultiHeadLSTM,
+    MultiHeadLSTMParams,
+    multi_head_gru_step,
+    multi_head_lstm_step,
+)
 from jlstm.cells.peephole import (
     PeepholeLSTM,
     PeepholeLSTMCarry,
@@ -66,6 +74,10 @@ __all__ = [
     "LayerNormGRUParams",
     "LayerNormLSTM",
     "LayerNormLSTMParams",
+    "MultiHeadGRU",
+    "MultiHeadGRUParams",
+    "MultiHeadLSTM",
+    "MultiHeadLSTMParams",
     "PeepholeLSTM",
     "PeepholeLSTMCarry",
     "PeepholeLSTMParams",
@@ -89,6 +101,8 @@ __all__ = [
     "layer_norm_lstm_step",
     "lstm_step",
     "lstmp_step",
+    "multi_head_gru_step",
+    "multi_head_lstm_step",
     "peephole_lstm_step",
     "prepare",
     "row",

@@ -92,6 +92,43 @@ def layer_norm_gru(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
     return (h,), h
 
 
+def block_diagonal(w_hh: np.ndarray, gate: int) -> np.ndarray:
+    """The matrix ``[H, H]`` of one gate, zero between heads."""
+    heads, size, _ = w_hh.shape
+    whole = np.zeros((heads * size, heads * size))
+    for n in range(heads):
+        rows = slice(n * size, (n + 1) * size)
+        whole[rows, rows] = w_hh[n, :, gate * size : (gate + 1) * size]
+    return whole
+
+
+def multi_head_lstm(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """An LSTM with recurrent matrices that are zero between heads."""
+    h, c = carry
+    i, f, g, o = (
+        x @ w + h @ block_diagonal(p.w_hh, gate) + b
+        for gate, (w, b) in enumerate(
+            zip(np.split(p.w_ih, 4, -1), np.split(p.b, 4), strict=True)
+        )
+    )
+    c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+    h = sigmoid(o) * np.tanh(c)
+    return (h, c), h
+
+
+def multi_head_gru(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """A GRU with recurrent matrices that are zero between heads."""
+    (h,) = carry
+    w_r, w_z, w_n = np.split(p.w_ih, 3, -1)
+    u_r, u_z, u_n = (block_diagonal(p.w_hh, gate) for gate in range(3))
+    b_r, b_z, b_n = np.split(p.b, 3)
+    r = sigmoid(x @ w_r + h @ u_r + b_r)
+    z = sigmoid(x @ w_z + h @ u_z + b_z)
+    n = np.tanh(x @ w_n + b_n + r * (h @ u_n + p.b_hh))
+    h = z * h + (1 - z) * n
+    return (h,), h
+
+
 CASES = [
     Case(jlstm.PeepholeLSTM(3, learned_carry=True), loop(peephole), "Gers 2000"),
     Case(jlstm.CIFG(3, learned_carry=True), loop(cifg), "Greff 2017"),
@@ -112,4 +149,14 @@ CASES = [
         "Ba 2016",
     ),
     Case(jlstm.LayerNormGRU(3, learned_carry=True), loop(layer_norm_gru), "Ba 2016"),
+    Case(
+        jlstm.MultiHeadLSTM(4, 2, learned_carry=True),
+        loop(multi_head_lstm),
+        "an LSTM whose matrices are block-diagonal",
+    ),
+    Case(
+        jlstm.MultiHeadGRU(6, 3, learned_carry=True),
+        loop(multi_head_gru),
+        "a GRU whose matrices are block-diagonal",
+    ),
 ]
