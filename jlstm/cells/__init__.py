@@ -36,6 +36,7 @@ from jlstm.cells.layer_norm import (
 )
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams, lstm_step
 from jlstm.cells.lstmp import LSTMP, LSTMPCarry, LSTMPParams, lstmp_step
+from jlstm.cells.mgu import MGU, MGUCarry, MGUParams, mgu_reset_after_step, mgu_step
 from jlstm.cells.multi_head import (
     MultiHeadGRU,
     MultiHeadGRUParams,
@@ -59,6 +60,7 @@ __all__ = [
     "ClipCarry",
     "DropConnect",
     "LSTMP",
+    "MGU",
     "CIFGCarry",
     "CIFGParams",
     "Elman",
@@ -74,6 +76,8 @@ __all__ = [
     "LayerNormGRUParams",
     "LayerNormLSTM",
     "LayerNormLSTMParams",
+    "MGUCarry",
+    "MGUParams",
     "MultiHeadGRU",
     "MultiHeadGRUParams",
     "MultiHeadLSTM",
@@ -101,6 +105,8 @@ __all__ = [
     "layer_norm_lstm_step",
     "lstm_step",
     "lstmp_step",
+    "mgu_reset_after_step",
+    "mgu_step",
     "multi_head_gru_step",
     "multi_head_lstm_step",
     "peephole_lstm_step",

@@ -129,6 +129,28 @@ def multi_head_gru(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
     return (h,), h
 
 
+def mgu(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Zhou et al. (2016): one gate resets and updates."""
+    (h,) = carry
+    (w_f, w_n), (u_f, u_n) = np.split(p.w_ih, 2, -1), np.split(p.w_hh, 2, -1)
+    b_f, b_n = np.split(p.b, 2)
+    f = sigmoid(h @ u_f + x @ w_f + b_f)
+    candidate = np.tanh((f * h) @ u_n + x @ w_n + b_n)
+    h = (1 - f) * h + f * candidate
+    return (h,), h
+
+
+def mgu_reset_after(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """The formula in the docstring of flax.linen.MGUCell."""
+    (h,) = carry
+    (w_f, w_n), (u_f, u_n) = np.split(p.w_ih, 2, -1), np.split(p.w_hh, 2, -1)
+    b_f, b_n = np.split(p.b, 2)
+    f = sigmoid(x @ w_f + b_f + h @ u_f)
+    n = np.tanh(x @ w_n + b_n + f * (h @ u_n + p.b_hh))
+    h = (1 - f) * n + f * h
+    return (h,), h
+
+
 CASES = [
     Case(jlstm.PeepholeLSTM(3, learned_carry=True), loop(peephole), "Gers 2000"),
     Case(jlstm.CIFG(3, learned_carry=True), loop(cifg), "Greff 2017"),
@@ -158,5 +180,11 @@ CASES = [
         jlstm.MultiHeadGRU(6, 3, learned_carry=True),
         loop(multi_head_gru),
         "a GRU whose matrices are block-diagonal",
+    ),
+    Case(jlstm.MGU(3, learned_carry=True), loop(mgu), "Zhou 2016"),
+    Case(
+        jlstm.MGU(3, reset_after=True, learned_carry=True),
+        loop(mgu_reset_after),
+        "flax.linen",
     ),
 ]
