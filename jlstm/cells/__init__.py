@@ -1,5 +1,6 @@
 """One step: a file is one formula."""
 
+from jlstm.cells.cifg import CIFG, CIFGCarry, CIFGParams, cifg_step
 from jlstm.cells.constraints import (
     ClipCarry,
     ResidualCell,
@@ -7,7 +8,6 @@ from jlstm.cells.constraints import (
     WeightNormParams,
 )
 from jlstm.cells.dropout import DropConnect, VariationalDropout, Zoneout
-from jlstm.cells.cifg import CIFG, CIFGCarry, CIFGParams, cifg_step
 from jlstm.cells.elman import Elman, ElmanCarry, ElmanParams, elman_step
 from jlstm.cells.gates import (
     activate,
@@ -57,12 +57,12 @@ __all__ = [
     "CIFG",
     "GRU",
     "LSTM",
-    "ClipCarry",
-    "DropConnect",
     "LSTMP",
     "MGU",
     "CIFGCarry",
     "CIFGParams",
+    "ClipCarry",
+    "DropConnect",
     "Elman",
     "ElmanCarry",
     "ElmanParams",
