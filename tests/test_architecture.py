@@ -15,11 +15,21 @@ import pytest
 import jlstm
 
 ROOT = Path(__file__).parents[1]
-LEAVES = ("flax", "testing", "convert", "diagnostics")
+LEAVES = ("flax", "saved", "export", "testing", "convert", "diagnostics")
 # What a package of jlstm may import; "" stands for `import jlstm` itself.
-ORDER = ("types", "init", "cells", "kernels", "door", "layers", ("models", "decode"))
+ORDER = (
+    "types",
+    "files",
+    "weights",
+    "init",
+    "cells",
+    "kernels",
+    "door",
+    "layers",
+    ("models", "decode"),
+)
 FREE = {
-    "train": {"train", "types", "kernels"},  # for the loss in C++
+    "train": {"train", "types", "files", "weights", "kernels"},  # for the loss in C++
     "data": {"data"},
     "__init__": None,
     "bench": None,

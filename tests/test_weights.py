@@ -20,7 +20,7 @@ import pytest
 
 library = pytest.importorskip("safetensors.numpy")
 
-from jlstm.train.weights import load_weights, save_weights  # noqa: E402
+from jlstm.weights import load_weights, save_weights  # noqa: E402
 
 TREE = {"b": jnp.arange(4.0), "w": jnp.arange(6.0).reshape(2, 3)}
 DTYPES = [
@@ -326,7 +326,7 @@ def test_weights_say_how_to_install_safetensors():
     code = (
         "import sys\n"
         "sys.modules['safetensors'] = None\n"
-        "from jlstm.train.weights import load_weights, save_weights\n"
+        "from jlstm.weights import load_weights, save_weights\n"
         "for call in (save_weights, load_weights):\n"
         "    try:\n"
         "        call('x', {'w': 1})\n"

@@ -59,8 +59,8 @@ from jlstm.train.step import (
     make_eval_step,
     make_train_step,
 )
-from jlstm.train.weights import load_weights, save_weights
 from jlstm.train.workdir import Workdir, environment
+from jlstm.weights import load_weights, save_weights
 
 __all__ = [
     "Aux",

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jlstm.train.files import Damaged, begin, former_of, part_of, seal, verify
+from jlstm.files import part_of
+from jlstm.train.files import Damaged, begin, former_of, seal, verify
 from jlstm.train.state import type_name
 from jlstm.types import PyTree
+from jlstm.weights import name_leaves, rebuild
 
 ARRAYS = "arrays"
 T = TypeVar("T")
@@ -150,36 +152,10 @@ def agree(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def name_leaves(tree: PyTree, where: str = "save") -> dict[str, Any]:
-    """Names the leaves by their paths, as in ``params/forward/w_hh``.
-
-    A flat dict is independent of how Orbax writes tuples and dataclasses, so that what
-    is compared is what was saved.
-    """
-    named = jax.tree_util.tree_leaves_with_path(tree)
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/") or "leaf": (
-            leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
-        )
-        for path, leaf in named
-    }
-    if len(leaves) < len(named):
-        raise ValueError(
-            f"{where}: {len(named)} leaves have only {len(leaves)} different names; "
-            "rename those whose path is that of another"
-        )
-    return leaves
-
-
 def storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves out arrays without elements, which cannot be stored and need not be."""
     kept = {name: leaf for name, leaf in leaves.items() if leaf.size}
     return kept or {"nothing": jnp.zeros(1)}
-
-
-def rebuild(like: PyTree, arrays: Mapping[str, Any]) -> PyTree:
-    """Puts named leaves, in their order, into the structure of a tree."""
-    return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
 
 
 def read_types(folder: Path) -> dict[str, Any]:

@@ -41,17 +41,16 @@ from jlstm.train.checkpoint import (
     begin_together,
     by_the_first,
     check_types,
-    name_leaves,
     orbax,
     read_arrays,
     read_types,
-    rebuild,
     storable,
 )
 from jlstm.train.files import Damaged, Lock, seal, verify, write_json
 from jlstm.train.fingerprint import difference
 from jlstm.train.state import NonFiniteError
 from jlstm.types import PyTree
+from jlstm.weights import name_leaves, rebuild
 
 Resume = Literal["auto", "never", "must"]
 RUN = "run.json"

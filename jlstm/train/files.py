@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -10,6 +9,8 @@ import os
 import shutil
 from pathlib import Path
 from typing import IO, Any, ClassVar
+
+from jlstm.files import part_of, sync
 
 MANIFEST = "manifest.json"
 
@@ -34,27 +35,6 @@ def write_json(path: Path, value: Any) -> None:
     sync(path.parent)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
-    if path.is_dir():
-        # Some systems cannot open a folder, or have no fsync of one.
-        with contextlib.suppress(PermissionError):
-            _fsync(path, os.O_RDONLY)
-    else:
-        _fsync(path, os.O_RDWR)
-
-
-def _fsync(path: Path, mode: int) -> None:
-    handle = os.open(path, mode)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(handle)
-
-
 def begin(folder: Path) -> Path:
     """Makes an empty folder beside one that is to be, and returns it.
 
@@ -68,11 +48,6 @@ def begin(folder: Path) -> Path:
         shutil.rmtree(former_of(folder))
     half.mkdir()
     return half
-
-
-def part_of(folder: Path) -> Path:
-    """Names the folder in which another one is made."""
-    return folder.with_name(folder.name + ".part")
 
 
 def former_of(folder: Path) -> Path:

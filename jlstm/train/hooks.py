@@ -19,7 +19,7 @@ from typing import IO, Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from jlstm.train.files import sync
+from jlstm.files import sync
 from jlstm.train.loop import Hook, Report, kind_of
 from jlstm.train.step import EvalStep, evaluate
 from jlstm.types import PyTree

@@ -1,4 +1,4 @@
-"""Weights for others: one ``.safetensors`` file, which is data and runs no code."""
+"""Pytrees in one ``.safetensors`` file, which is data and runs no code."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlstm.train.checkpoint import name_leaves, rebuild
-from jlstm.train.files import part_of, sync
+from jlstm.files import write_whole
 from jlstm.types import PyTree
 
 # The format's names of dtypes, and NumPy's.
@@ -60,32 +59,23 @@ def save_weights(
       >>> jlstm.train.load_weights(path, {"w": jnp.zeros(3, int)})
       {'w': Array([0, 1, 2], dtype=int32)}
     """
-    library, path = _library("save_weights"), Path(path).absolute()
-    about = dict(metadata or {})
+    where, about = "save_weights", dict(metadata or {})
+    _library(where)
     texts = all(isinstance(text, str) for item in about.items() for text in item)
     if not texts or {"format", "sha256"} & set(about):
         raise ValueError(
-            "save_weights: metadata must be strings by strings, without 'format' and "
+            f"{where}: metadata must be strings by strings, without 'format' and "
             f"'sha256', got {about}"
         )
-    arrays = {name: _plain(x) for name, x in _named("save_weights", tree).items()}
-    about |= {"format": "jlstm", "sha256": _hash(arrays)}
-    data = library.numpy.save(arrays, metadata=about)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = part_of(path)
-    try:
-        half.write_bytes(data)
-        sync(half)
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
-    sync(path.parent)
+    write(where, path, laid_out(_some(where, named(where, tree))), about)
 
 
 def load_weights(
     path: str | os.PathLike[str], like: PyTree, *, require_hash: bool = True
 ) -> PyTree:
     """Reads the pytree that :func:`save_weights` wrote, after all of it is checked.
+
+    It reads the params in a file of :func:`jlstm.save` too.
 
     Args:
       path: of the file.
@@ -107,48 +97,155 @@ def load_weights(
     Example:
       See :func:`save_weights`.
     """
-    library, path = _library("load_weights"), Path(path)
-    expected = _named("load_weights", like)
+    where = "load_weights"
+    _library(where)
+    expected = _some(where, named(where, like))
+    file = read(where, path)
+    return tree_of(where, file, like, expected, require_hash=require_hash)
+
+
+def write(
+    where: str,
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, np.ndarray],
+    about: Mapping[str, str],
+) -> None:
+    """Writes arrays that are storable, and metadata, of which two are made here."""
+    library = _library(where)
+    about = {**about, "format": "jlstm", "sha256": hash_of(arrays)}
+    data = library.numpy.save(dict(arrays), metadata=about)
+    write_whole(Path(path).absolute(), data)
+
+
+class File(NamedTuple):
+    """A ``.safetensors`` file that is well formed."""
+
+    path: Path
+    tensors: Mapping[str, Mapping[str, Any]]
+    about: Mapping[str, str]
+
+
+def read(where: str, path: str | os.PathLike[str]) -> File:
+    """Reads a file as it is.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ImportError: without safetensors.
+      ValueError: it is no whole ``.safetensors`` file.
+    """
+    library, path = _library(where), Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"load_weights: there is no file at {path}")
+        raise FileNotFoundError(f"{where}: there is no file at {path}")
     data = path.read_bytes()
     try:
-        found = dict(library.deserialize(data))
+        tensors = dict(library.deserialize(data))
     except library.SafetensorError as error:
         raise ValueError(
-            f"load_weights: {path} is no whole .safetensors file: {error}{_hint(data)}"
+            f"{where}: {path} is no whole .safetensors file: {error}{_hint(data)}"
         ) from None
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return File(path, tensors, header.get("__metadata__") or {})
+
+
+def tree_of(
+    where: str,
+    file: File,
+    like: PyTree,
+    expected: Mapping[str, Any],
+    *,
+    require_hash: bool = True,
+) -> PyTree:
+    """Makes a tree of a file's tensors, which must be those that are expected.
+
+    Raises:
+      ValueError: one is not, or the hash is not theirs.
+    """
+    path, found = file.path, file.tensors
     for name in [*expected, *sorted(found)]:
         want = got = "no such tensor"
         if name in expected:
-            want = _type(expected[name].dtype.name, expected[name].shape)
+            want = type_of(expected[name])
         if name in found:
             dtype = str(found[name]["dtype"])
             got = _type(DTYPES.get(dtype, dtype), found[name]["shape"])
         if got != want:
             raise ValueError(
-                f"load_weights: {name} in {path}: expected {want}, got {got}; give the "
+                f"{where}: {name} in {path}: expected {want}, got {got}; give the "
                 "structure that was saved"
             )
         if want.startswith(LONG) and not jax.config.read("jax_enable_x64"):
             raise ValueError(
-                f"load_weights: {name} in {path} is {got}, which JAX has only with "
+                f"{where}: {name} in {path} is {got}, which JAX has only with "
                 "jax_enable_x64; enable it"
             )
     arrays = {name: _view(found[name]) for name in expected}
-    digest = (header.get("__metadata__") or {}).get("sha256")
+    digest = file.about.get("sha256")
     if digest is None and require_hash:
         raise ValueError(
-            f"load_weights: {path} has no sha256 in its metadata, so its tensors "
+            f"{where}: {path} has no sha256 in its metadata, so its tensors "
             "cannot be checked; give require_hash=False if you trust it"
         )
-    if digest is not None and digest != _hash(arrays):
+    if digest is not None and digest != hash_of(arrays):
         raise ValueError(
-            f"load_weights: the tensors of {path} are not as they were written: "
-            f"expected SHA-256 {digest}, got {_hash(arrays)}; get the file anew"
+            f"{where}: the tensors of {path} are not as they were written: "
+            f"expected SHA-256 {digest}, got {hash_of(arrays)}; get the file anew"
         )
     return rebuild(like, {name: jnp.array(x) for name, x in arrays.items()})
+
+
+def laid_out(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Lays arrays out as the format does, little-endian and by rows."""
+    arrays = {}
+    for name, leaf in leaves.items():
+        array = np.asarray(leaf, order="C")
+        arrays[name] = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return arrays
+
+
+def name_leaves(tree: PyTree, where: str = "save") -> dict[str, Any]:
+    """Names the leaves by their paths, as in ``params/forward/w_hh``.
+
+    A flat dict is independent of how others write tuples and dataclasses, so that what
+    is compared is what was saved.
+    """
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/") or "leaf": (
+            leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+        )
+        for path, leaf in named
+    }
+    if len(leaves) < len(named):
+        raise ValueError(
+            f"{where}: {len(named)} leaves have only {len(leaves)} different names; "
+            "rename those whose path is that of another"
+        )
+    return leaves
+
+
+def rebuild(like: PyTree, arrays: Mapping[str, Any]) -> PyTree:
+    """Puts named leaves, in their order, into the structure of a tree."""
+    return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
+
+
+def type_of(leaf: Any) -> str:
+    """Writes the dtype and shape of an array, as ``float32[2,3]``."""
+    return _type(leaf.dtype.name, leaf.shape)
+
+
+def _type(dtype: str, shape: Any) -> str:
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def hash_of(arrays: Mapping[str, np.ndarray]) -> str:
+    """Hashes names, dtypes, shapes and bytes of arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        about = [name, array.dtype.name, array.shape]
+        digest.update(json.dumps(about).encode() + b"\n")
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _library(where: str) -> Any:
@@ -161,11 +258,13 @@ def _library(where: str) -> Any:
     return safetensors
 
 
-def _named(where: str, tree: PyTree) -> dict[str, Any]:
-    """Names the leaves, of which all can be in a file, and none twice."""
+def named(where: str, tree: PyTree) -> dict[str, Any]:
+    """Names the leaves, of which all can be in a file, and none twice.
+
+    Raises:
+      ValueError: saying which cannot.
+    """
     leaves = name_leaves(tree, where)
-    if not leaves:
-        raise ValueError(f"{where}: the tree has no leaves")
     for name, leaf in leaves.items():
         if name == "__metadata__":
             raise ValueError(f"{where}: a leaf cannot be called {name}; rename it")
@@ -177,29 +276,15 @@ def _named(where: str, tree: PyTree) -> dict[str, Any]:
     return leaves
 
 
-def _plain(leaf: Any) -> np.ndarray:
-    """Lays an array out as the format does, little-endian and by rows."""
-    array = np.asarray(leaf, order="C")
-    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+def _some(where: str, leaves: dict[str, Any]) -> dict[str, Any]:
+    if not leaves:
+        raise ValueError(f"{where}: the tree has no leaves")
+    return leaves
 
 
 def _view(tensor: Mapping[str, Any]) -> np.ndarray:
     dtype = jnp.dtype(DTYPES[tensor["dtype"]])
     return np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
-
-
-def _type(dtype: str, shape: Any) -> str:
-    return f"{dtype}[{','.join(map(str, shape))}]"
-
-
-def _hash(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        about = [name, array.dtype.name, array.shape]
-        digest.update(json.dumps(about).encode() + b"\n")
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _hint(data: bytes) -> str:
