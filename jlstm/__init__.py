@@ -77,6 +77,7 @@ from jlstm.models import (
     Tagger,
     TaggerParams,
 )
+from jlstm.saved import load, save
 from jlstm.types import Cell, Layer, Policy, config, gated, where_rows, zero_rows
 
 __version__ = "0.1.0"
@@ -151,12 +152,14 @@ __all__ = [
     "gru_step",
     "init",
     "is_causal",
+    "load",
     "lstm_step",
     "pool",
     "prepare",
     "row",
     "run_layer",
     "sigmoid",
+    "save",
     "stack",
     "step",
     "summary",

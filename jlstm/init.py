@@ -98,7 +98,9 @@ class Chrono:
 class Pretrained:
     """Hands out a given array, such as word vectors, where its shape fits.
 
-    Compared and hashed by content, so that it can stand in a config.
+    Compared and hashed by content, so that it can stand in a config. One that
+    :func:`jlstm.load` made from a file lacks the array: it compares equal, and cannot
+    hand anything out.
 
     Example:
       >>> vectors = np.ones((100, 16), np.float32)
@@ -107,23 +109,36 @@ class Pretrained:
     """
 
     def __init__(self, values: Any) -> None:
-        self.values = np.array(values)
+        self.values: np.ndarray | None = np.array(values)
         self.values.setflags(write=False)
+        self.shape = self.values.shape
         digest = hashlib.sha256(self.values.tobytes())
         digest.update(f"{self.values.dtype}{self.values.shape}".encode())
         self.digest = digest.hexdigest()
+
+    @classmethod
+    def absent(cls, shape: tuple[int, ...], sha256: str) -> Pretrained:
+        """Stands for an array that is not at hand."""
+        made = cls.__new__(cls)
+        made.values, made.shape, made.digest = None, tuple(shape), str(sha256)
+        return made
 
     def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         """Returns the array.
 
         Raises:
-          ValueError: its shape is not the one asked for.
+          ValueError: its shape is not the one asked for, or it is not at hand.
         """
         del key
-        if self.values.shape != tuple(shape):
+        if self.values is None:
+            raise ValueError(
+                f"{self!r}: the array is not in the file that this was loaded from; "
+                "give jlstm.init.Pretrained(vectors) to init anew"
+            )
+        if self.shape != tuple(shape):
             raise ValueError(
                 f"Pretrained: expected an array of shape {list(shape)}, got "
-                f"{list(self.values.shape)}; match the layer's sizes to the vectors"
+                f"{list(self.shape)}; match the layer's sizes to the vectors"
             )
         return jnp.asarray(self.values, dtype)
 
@@ -134,7 +149,7 @@ class Pretrained:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"Pretrained({list(self.values.shape)}, sha256='{self.digest[:8]}')"
+        return f"Pretrained({list(self.shape)}, sha256='{self.digest[:8]}')"
 
 
 @config

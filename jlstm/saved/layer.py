@@ -1,0 +1,162 @@
+"""The file: tensors of params, and in its metadata the layer as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import jax
+
+from jlstm import weights
+from jlstm.layers.recurrent import check_layer_field
+from jlstm.saved import config, structure
+from jlstm.saved.names import Place
+from jlstm.types import Layer, PyTree
+
+VERSION = 1
+NOT_OURS = "load: the layer in {} is not described as by jlstm.save"
+
+
+def save(path: str | os.PathLike[str], layer: Layer, params: PyTree) -> None:
+    """Writes a layer and its params to one ``.safetensors`` file, all or nothing.
+
+    A tensor has the path of its leaf for a name, as ``forward/w_hh``. The metadata hold
+    the layer as JSON, and hashes of it and of all tensors. A file that is there is
+    replaced.
+
+    Args:
+      path: of the file; folders are made.
+      layer: a layer or model, whose configs are frozen dataclasses.
+      params: its params, of dicts, lists, tuples, NamedTuples and dataclasses.
+
+    Raises:
+      ImportError: without safetensors.
+      TypeError: a cell in the place of a layer.
+      ValueError: the params are not those of the layer, or one is of a type that no
+        file holds, such as a typed PRNG key; or a field of a config is.
+
+    Example:
+      >>> import tempfile
+      >>> path = tempfile.mkdtemp() + "/classifier.safetensors"
+      >>> encoder = jlstm.stack(jlstm.Embed(50, 4), jlstm.bidirectional(jlstm.LSTM(8)))
+      >>> model, tokens = jlstm.Classifier(encoder, 2), jnp.ones((1, 3), int)
+      >>> jlstm.save(path, model, model.init(jax.random.key(0), tokens))
+      >>> again, params = jlstm.load(path)
+      >>> again == model, again.apply(params, tokens)[0].shape
+      (True, (1, 2))
+    """
+    check_layer_field("save.layer", layer)
+    leaves = weights.named("save", params)
+    _check_params("save", layer, params)
+    about = {
+        "version": VERSION,
+        "layer": config.encode(layer, "save: layer"),
+        "params": structure.encode(params, "save: params"),
+    }
+    text, arrays = json.dumps(about, allow_nan=False), weights.laid_out(leaves)
+    digest = _hash(weights.hash_of(arrays), text)
+    weights.write("save", path, arrays, {"layer": text, "layer_sha256": digest})
+
+
+def load(
+    path: str | os.PathLike[str], layer: Layer | None = None
+) -> tuple[Any, PyTree]:
+    """Reads what :func:`save` wrote, after all of it is checked.
+
+    Nothing is imported or called because a file names it. Without a layer, all classes
+    and functions in the file must be jlstm's own, or activations of ``jax.nn`` and
+    ``jax.numpy``. Any other needs the layer, which is compared with the one that was
+    saved; only the ways in which they are computed (``implementation``,
+    ``checkpoint_every``) may differ.
+
+    Args:
+      path: of the file.
+      layer: the layer that was saved; ``None`` makes it from the file. The array of a
+        ``jlstm.init.Pretrained`` is not there: one that is made compares equal, and
+        cannot init again.
+
+    Returns:
+      ``(layer, params)``.
+
+    Raises:
+      FileNotFoundError: there is no file at ``path``.
+      ImportError: without safetensors.
+      ValueError: it is no whole file of :func:`save`, or not as it was written; it is
+        of another layer (a line for each field); or it has a class or function of
+        yours, which needs the layer.
+
+    Example:
+      See :func:`save`.
+    """
+    if layer is not None:
+        check_layer_field("load.layer", layer)
+    file = weights.read("load", path)
+    about = _about(file)
+    try:
+        if layer is None:
+            made = config.decode(about["layer"], Place(file.path, "layer"))
+        else:
+            made = layer
+            _check_same(file, about["layer"], layer)
+        nodes = structure.classes(layer)
+        like = structure.decode(about["params"], nodes, Place(file.path, "params"))
+    except (AttributeError, KeyError, RecursionError, TypeError):
+        raise ValueError(NOT_OURS.format(file.path)) from None
+    check_layer_field("load", made)
+    params = weights.tree_of("load", file, like, weights.named("load", like))
+    _check_params(f"load: {file.path}", made, params)
+    return made, params
+
+
+def _hash(tensors: str, text: str) -> str:
+    """Hashes a layer together with its tensors."""
+    return hashlib.sha256(f"{tensors}\n{text}".encode()).hexdigest()
+
+
+def _about(file: weights.File) -> dict[str, Any]:
+    """Reads what the metadata say of the layer."""
+    text, digest = (file.about.get(key) for key in ("layer", "layer_sha256"))
+    if file.about.get("format") != "jlstm" or text is None or digest is None:
+        raise ValueError(
+            f"load: {file.path} holds no layer, as jlstm.save writes it; read the "
+            "tensors alone by jlstm.train.load_weights(path, like)"
+        )
+    if digest != _hash(file.about.get("sha256", ""), text):
+        raise ValueError(
+            f"load: the layer in {file.path} is not as it was written; get the file "
+            "anew"
+        )
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"load: the layer in {file.path} is no JSON") from None
+    if not isinstance(about, dict) or not {"version", "layer", "params"} <= set(about):
+        raise ValueError(NOT_OURS.format(file.path))
+    if about["version"] != VERSION:
+        raise ValueError(
+            f"load: {file.path} is of version {about['version']!r} of the format, this "
+            f"jlstm reads version {VERSION}; install another jlstm"
+        )
+    return about
+
+
+def _check_same(file: weights.File, stored: Any, layer: Layer) -> None:
+    config.encode(layer, "load: layer")
+    lines = list(config.differences(stored, layer, "layer"))
+    if lines:
+        each = "".join(f"\n  {line}" for line in lines)
+        raise ValueError(f"load: {file.path} was saved with another layer:{each}")
+
+
+def _check_params(where: str, layer: Layer, params: PyTree) -> None:
+    """Refuses params of which the layer cannot even make a carry."""
+    try:
+        jax.eval_shape(lambda p: layer.init_carry(p, (1,)), params)
+    except Exception as problem:
+        reason = (str(problem).splitlines() or [""])[0]
+        raise ValueError(
+            f"{where}: the params are not those of {layer!r} "
+            f"({type(problem).__name__}: {reason})"
+        ) from problem
