@@ -1,5 +1,8 @@
 """Write the gate equations of a recurrent cell; jlstm supplies everything else."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jlstm import cells, data, decode, init, testing, train
 from jlstm.cells import (
     CIFG,
@@ -57,11 +60,13 @@ from jlstm.layers import (
     EmbedParams,
     LayerNorm,
     LayerNormParams,
+    Lifted,
     Residual,
     Stack,
     Summary,
     bidirectional,
     is_causal,
+    lift,
     pool,
     run_layer,
     stack,
@@ -79,6 +84,16 @@ from jlstm.models import (
 )
 from jlstm.saved import load, save
 from jlstm.types import Cell, Layer, Policy, config, gated, where_rows, zero_rows
+
+if TYPE_CHECKING:
+    from jlstm import flax as flax
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "flax":  # loads nnx, which takes its time
+            return importlib.import_module("jlstm.flax")
+        raise AttributeError(f"module 'jlstm' has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 
@@ -122,6 +137,7 @@ __all__ = [
     "LayerNormParams",
     "MultiHeadGRU",
     "MultiHeadLSTM",
+    "Lifted",
     "PeepholeLSTM",
     "Policy",
     "Precision",
@@ -152,6 +168,7 @@ __all__ = [
     "gru_step",
     "init",
     "is_causal",
+    "lift",
     "load",
     "lstm_step",
     "pool",

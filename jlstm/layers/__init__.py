@@ -10,6 +10,7 @@ from jlstm.layers.compose import (
     with_implementation,
 )
 from jlstm.layers.conv import Conv, ConvCarry, ConvParams
+from jlstm.layers.lifted import Lifted, lift
 from jlstm.layers.pointwise import (
     Dense,
     DenseParams,
@@ -44,11 +45,13 @@ __all__ = [
     "EmbedParams",
     "LayerNorm",
     "LayerNormParams",
+    "Lifted",
     "Residual",
     "Stack",
     "Summary",
     "bidirectional",
     "is_causal",
+    "lift",
     "pool",
     "run_layer",
     "stack",
