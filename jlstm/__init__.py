@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jlstm import cells, data, decode, init, testing, train
+from jlstm import cells, data, decode, export, init, testing, train
 from jlstm.cells import (
     CIFG,
     GRU,
@@ -160,6 +160,7 @@ __all__ = [
     "decode",
     "elman_step",
     "explain",
+    "export",
     "fresh",
     "gated",
     "gates",

@@ -527,7 +527,9 @@ def _request(
     return_carries: bool,
     checkpoint_every: Any,
 ) -> Request:
-    dtypes = frozenset(str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(arrays))
+    leaves = jax.tree.leaves(arrays)
+    dtypes = frozenset(str(jnp.result_type(leaf)) for leaf in leaves)
+    sizes = (size for leaf in leaves for size in np.shape(leaf))
     return Request(
         platform=jax.default_backend(),
         dtypes=dtypes or None,
@@ -537,6 +539,7 @@ def _request(
         return_carries=return_carries,
         checkpoint_every=checkpoint_every is not None,
         sharded=may_be_sharded(),
+        any_size=not all(isinstance(size, int) for size in sizes),
     )
 
 

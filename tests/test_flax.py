@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -198,6 +199,18 @@ def test_flax_is_loaded_where_it_is_touched(monkeypatch):
     assert jlstm.flax is module
     with pytest.raises(AttributeError, match="'jlstm' has no attribute 'flux'"):
         jlstm.flux  # type: ignore  # noqa: B018
+
+
+@pytest.mark.slow
+def test_the_page_on_flax_and_files_runs(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    pytest.importorskip("flatbuffers")
+    page = Path(__file__).parents[1] / "docs" / "exchange.md"
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 6
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec("\n".join(blocks), {})
 
 
 # Modules as layers.

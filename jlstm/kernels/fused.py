@@ -44,7 +44,12 @@ from jlstm.kernels.blocks import Place, time_major
 from jlstm.kernels.graph import Unsuited
 from jlstm.kernels.layout import Kept, Layout, Step, split
 from jlstm.kernels.loops import Loop, Span, Steps
-from jlstm.kernels.request import Request, may_be_sharded, rows_in_one_place
+from jlstm.kernels.request import (
+    NEEDS_NUMBERS,
+    Request,
+    may_be_sharded,
+    rows_in_one_place,
+)
 from jlstm.types import (
     PARTS,
     Array,
@@ -68,10 +73,9 @@ SMALL, ROWS = 1 << 18, 16
 
 def why_not(cell: Cell, request: Request) -> str | None:
     """Says why this loop cannot run a cell, or ``None`` if it can."""
-    del request
-    if gated(cell):
-        return None
-    return f"{cell!r} has no gated form ({', '.join(PARTS)})"
+    if not gated(cell):
+        return f"{cell!r} has no gated form ({', '.join(PARTS)})"
+    return NEEDS_NUMBERS if request.any_size else None
 
 
 def note(cell: Cell, request: Request, xs: PyTree = None) -> str:

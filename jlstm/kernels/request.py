@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import jax
 
+NEEDS_NUMBERS = "needs sizes that are numbers, got symbols, as in an exported program"
+
 
 class Request(NamedTuple):
     """What decides whether a loop can run; ``None`` is what is not known yet.
@@ -23,6 +25,7 @@ class Request(NamedTuple):
       return_carries: whether the carry after each step is wanted.
       checkpoint_every: whether a gradient computes steps again.
       sharded: whether the rows of a batch may lie on several devices.
+      any_size: whether the batch or the time is a symbol, as in an exported program.
     """
 
     platform: str | None = None
@@ -33,12 +36,15 @@ class Request(NamedTuple):
     return_carries: bool = False
     checkpoint_every: bool = False
     sharded: bool = False
+    any_size: bool = False
 
     def exceeds(self, platform: str) -> str | None:
         """Says why a plain loop for float32 on one platform is not enough.
 
         A plain loop stores every step of a batch that lies on one device.
         """
+        if self.any_size:
+            return NEEDS_NUMBERS
         if self.platform not in (None, platform):
             place = {"cpu": "a CPU", "gpu": "a GPU"}[platform]
             return f"runs on {place}, arrays are on a {self.platform}"

@@ -227,7 +227,8 @@ def on_ids(
     """
     if rows() is not None:  # a summary shows both
         return None
-    if embed.vocab_size > min(_MOST_ROWS, ids.size // 2):
+    size: Any = ids.size  # no number where an exported program takes any
+    if not isinstance(size, int) or embed.vocab_size > min(_MOST_ROWS, size // 2):
         return None
     return _on_rows(layer, params, embed.table(embed_params))
 
@@ -536,15 +537,20 @@ def with_implementation(layer: Any, implementation: str | None) -> Any:
       >>> jlstm.with_implementation(jlstm.stack(jlstm.RNN(jlstm.LSTM(8))), "scan")
       stack(RNN(LSTM(8), implementation='scan'))
     """
+    return replace_recurrences(layer, implementation=implementation)
+
+
+def replace_recurrences(layer: Any, **fields: Any) -> Any:
+    """Returns a layer or model all of whose RNNs have other fields."""
     if isinstance(layer, RNN):
-        return dataclasses.replace(layer, implementation=implementation)
+        return dataclasses.replace(layer, **fields)
     if isinstance(layer, tuple):
-        return tuple(with_implementation(part, implementation) for part in layer)
+        return tuple(replace_recurrences(part, **fields) for part in layer)
     if not dataclasses.is_dataclass(layer) or isinstance(layer, type):
         return layer
-    fields = {
-        field.name: with_implementation(getattr(layer, field.name), implementation)
+    parts = {
+        field.name: replace_recurrences(getattr(layer, field.name), **fields)
         for field in dataclasses.fields(layer)
         if field.init
     }
-    return dataclasses.replace(layer, **fields)
+    return dataclasses.replace(layer, **parts)
