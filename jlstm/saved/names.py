@@ -20,7 +20,7 @@ from jlstm import cells, init, layers, models, types
 
 # Elementwise functions, and softmax, that a config may have for an activation.
 ACTIVATIONS = {
-    "jlstm.cells": (cells, "tanh"),
+    "jlstm.cells": (cells, "sigmoid tanh"),
     "jax.nn": (
         jax.nn,
         "relu relu6 sigmoid softplus sparse_plus sparse_sigmoid soft_sign silu "
