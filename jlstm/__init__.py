@@ -1,7 +1,6 @@
 """Write the gate equations of a recurrent cell; jlstm supplies everything else."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jlstm import cells, data, decode, export, init, testing, train
 from jlstm.cells import (
@@ -89,9 +88,11 @@ if TYPE_CHECKING:
     from jlstm import flax as flax
 else:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name == "flax":  # loads nnx, which takes its time
-            return importlib.import_module("jlstm.flax")
+            from importlib import import_module
+
+            return import_module("jlstm.flax")
         raise AttributeError(f"module 'jlstm' has no attribute {name!r}")
 
 

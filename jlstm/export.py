@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,11 @@ def step(
         lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape[2:]), leaf.dtype), xs
     )
     params = _host(params)
-    after, _ = jax.eval_shape(partial(compose.step, layer, params, None), x)
+
+    def first(x: PyTree) -> PyTree:
+        return compose.step(layer, _constants(params), None, x)[0]
+
+    after = jax.eval_shape(first, x)
     types = name_leaves(after)
 
     def run(carry: dict[str, Array], x: PyTree, reset: Array) -> tuple:

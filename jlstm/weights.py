@@ -67,7 +67,8 @@ def save_weights(
             f"{where}: metadata must be strings by strings, without 'format' and "
             f"'sha256', got {about}"
         )
-    write(where, path, laid_out(_some(where, named(where, tree))), about)
+    arrays = laid_out(_some(where, named(where, tree)))
+    write(where, path, arrays, {**about, "sha256": hash_of(arrays)})
 
 
 def load_weights(
@@ -110,10 +111,9 @@ def write(
     arrays: Mapping[str, np.ndarray],
     about: Mapping[str, str],
 ) -> None:
-    """Writes arrays that are storable, and metadata, of which two are made here."""
+    """Writes arrays that are laid out, and metadata, with the hash among them."""
     library = _library(where)
-    about = {**about, "format": "jlstm", "sha256": hash_of(arrays)}
-    data = library.numpy.save(dict(arrays), metadata=about)
+    data = library.numpy.save(dict(arrays), metadata={**about, "format": "jlstm"})
     write_whole(Path(path).absolute(), data)
 
 

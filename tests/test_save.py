@@ -497,6 +497,8 @@ INVALID = [
     ),
     (set_field("colour", 1), "cannot be made: .*unexpected keyword argument 'colour'"),
     (lambda about: about["layer"]["fields"].pop("size"), "cannot be made: .*'size'"),
+    (set_field("size", {"float": "x"}), "is not described as by jlstm.save"),
+    (lambda about: about["layer"].update(fields=[1]), "is not described as by jlstm.s"),
     (lambda about: about.update(version=2), r"is of version 2 of the format, this jls"),
     (lambda about: about.pop("version"), "is not described as by jlstm.save"),
     (lambda about: about.pop("params"), "is not described as by jlstm.save"),

@@ -28,6 +28,7 @@ from jlstm.saved.names import (
 
 # Fields that say how a layer is computed, not what.
 WAYS = {"implementation", "checkpoint_every"}
+SHOWN = ("repr", "class", "function", "float")  # what stands for an object, in a line
 PRETRAINED = "jlstm.init.Pretrained"
 
 
@@ -95,7 +96,7 @@ def decode(node: Any, place: Place) -> Any:
     try:
         return make(**fields)
     except (TypeError, ValueError, NotImplementedError) as problem:
-        reason = str(problem).splitlines()[0]
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise place.error(f"cannot be made: {reason}") from None
 
 
@@ -149,5 +150,5 @@ def _show(node: Any) -> str:
     if isinstance(node, list):
         return f"a tuple of {len(node)}"
     if isinstance(node, dict):
-        return str(node.get("repr", next(iter(node.values()))))
+        return next((str(node[k]) for k in SHOWN if k in node), repr(node))
     return repr(node)

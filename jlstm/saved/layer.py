@@ -12,7 +12,7 @@ import jax
 from jlstm import weights
 from jlstm.layers.recurrent import check_layer_field
 from jlstm.saved import config, structure
-from jlstm.saved.names import Place
+from jlstm.saved.names import Place, Refused
 from jlstm.types import Layer, PyTree
 
 VERSION = 1
@@ -56,8 +56,9 @@ def save(path: str | os.PathLike[str], layer: Layer, params: PyTree) -> None:
         "params": structure.encode(params, "save: params"),
     }
     text, arrays = json.dumps(about, allow_nan=False), weights.laid_out(leaves)
-    digest = _hash(weights.hash_of(arrays), text)
-    weights.write("save", path, arrays, {"layer": text, "layer_sha256": digest})
+    digest = weights.hash_of(arrays)
+    metadata = {"layer": text, "layer_sha256": _hash(digest, text), "sha256": digest}
+    weights.write("save", path, arrays, metadata)
 
 
 def load(
@@ -92,6 +93,7 @@ def load(
     """
     if layer is not None:
         check_layer_field("load.layer", layer)
+        config.encode(layer, "load: layer")  # refuses what no file can hold
     file = weights.read("load", path)
     about = _about(file)
     try:
@@ -102,7 +104,9 @@ def load(
             _check_same(file, about["layer"], layer)
         nodes = structure.classes(layer)
         like = structure.decode(about["params"], nodes, Place(file.path, "params"))
-    except (AttributeError, KeyError, RecursionError, TypeError):
+    except Refused:
+        raise
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise ValueError(NOT_OURS.format(file.path)) from None
     check_layer_field("load", made)
     params = weights.tree_of("load", file, like, weights.named("load", like))
@@ -143,11 +147,10 @@ def _about(file: weights.File) -> dict[str, Any]:
 
 
 def _check_same(file: weights.File, stored: Any, layer: Layer) -> None:
-    config.encode(layer, "load: layer")
     lines = list(config.differences(stored, layer, "layer"))
     if lines:
         each = "".join(f"\n  {line}" for line in lines)
-        raise ValueError(f"load: {file.path} was saved with another layer:{each}")
+        raise Refused(f"load: {file.path} was saved with another layer:{each}")
 
 
 def _check_params(where: str, layer: Layer, params: PyTree) -> None:

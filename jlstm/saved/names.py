@@ -35,6 +35,10 @@ ACTIVATIONS = {
 }
 
 
+class Refused(ValueError):
+    """What a file asks for is well formed, and not to be had."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where in a file something stands, for errors."""
@@ -46,9 +50,9 @@ class Place:
         """A place inside this one."""
         return Place(self.path, self.name + part)
 
-    def error(self, message: str) -> ValueError:
+    def error(self, message: str) -> Refused:
         """Makes an error that names the place."""
-        return ValueError(f"load: {self.name} in {self.path} {message}")
+        return Refused(f"load: {self.name} in {self.path} {message}")
 
 
 @functools.cache
