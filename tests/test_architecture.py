@@ -49,6 +49,7 @@ SIGNATURES = {
 }
 OPTIONAL_PACKAGES = (
     "equinox",
+    "flatbuffers",
     "flax.nnx",
     "grain",
     "haiku",
