@@ -97,6 +97,12 @@ def test_stack_of_everything_obeys_the_laws():
     check_layer(deep, TOKENS, smooth=False)  # its parts are differentiated above
 
 
+def test_laws_can_be_checked_again():
+    for _ in range(2):
+        check_cell(Leaky(2), implementations=("scan",), smooth=False)
+        check_layer(jlstm.Dense(2), smooth=False)
+
+
 # The laws catch what is broken.
 
 
