@@ -70,6 +70,36 @@ class Normal:
 
 
 @config
+class Identity:
+    r"""Fills a square matrix with ``scale`` times the identity.
+
+    A simple recurrent network with rectified linear units that starts here is an IRNN:
+    ``Elman(H, activation=jax.nn.relu, w_hh_init=Identity())``. Without input it keeps
+    its carry, and gradients, as they are; a scale below 1 makes it forget.
+
+    References:
+      Le, Jaitly & Hinton, A simple way to initialize recurrent networks of rectified
+      linear units, 2015.
+    """
+
+    scale: float = 1.0
+
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Makes the matrix.
+
+        Raises:
+          ValueError: the shape is not square.
+        """
+        del key
+        if len(shape) != 2 or shape[0] != shape[1]:
+            raise ValueError(
+                f"Identity: expected the shape of a square matrix, got {list(shape)}; "
+                "it is for recurrent weights, such as w_hh [H, H]"
+            )
+        return jnp.eye(shape[0], dtype=dtype) * jnp.asarray(self.scale, dtype)
+
+
+@config
 class Chrono:
     r"""Chrono initialisation of the gate biases of an LSTM, or a GRU.
 

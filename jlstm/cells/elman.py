@@ -89,9 +89,13 @@ def elman_step(
 class Elman:
     """Simple recurrent network; see :func:`jlstm.elman_step` for the formula.
 
+    The IRNN of Le, Jaitly & Hinton (2015) is
+    ``Elman(H, activation=jax.nn.relu, w_hh_init=jlstm.init.Identity())``.
+
     Attributes:
       hidden_size: ``H``.
-      activation: ``jlstm.tanh``, ``jax.nn.relu``, or any module-level function.
+      activation: ``jlstm.tanh``, ``jax.nn.relu``, or any module-level function or
+        frozen dataclass that is called with an array ``[..., H]``.
       double_bias: adds a second bias, as PyTorch has it.
       learned_carry: learns the fresh carry, which starts at zero.
       w_ih_init: initialiser of ``w_ih``.
