@@ -447,6 +447,42 @@ def test_windows_are_views_of_the_series():
         data.windows(series, input_length=20, target_length=1)
 
 
+def test_elapsed_is_the_recursion_of_the_paper():
+    rng = np.random.default_rng(0)
+    mask = rng.random((9, 3)) < 0.4
+    mask[:, 2] = False  # never observed: counts from the first step
+    times = 1.7e9 + np.cumsum(rng.random(9))  # of a clock, which float32 cannot hold
+    expected = np.zeros((9, 3))
+    for t in range(1, 9):
+        passed = times[t] - times[t - 1]
+        expected[t] = passed + np.where(mask[t - 1], 0, expected[t - 1])
+    for given in (mask, mask.astype(int), mask.tolist()):
+        delta = data.elapsed(given, times)
+        assert delta.dtype == np.float32
+        np.testing.assert_allclose(delta, expected, rtol=1e-6)
+    np.testing.assert_allclose(delta[:, 2], times - times[0], rtol=1e-6)
+    assert data.elapsed(np.zeros((0, 3)), []).shape == (0, 3)
+    np.testing.assert_array_equal(data.elapsed(mask[:1], times[:1]), [[0, 0, 0]])
+
+
+def test_elapsed_refuses_what_does_not_fit():
+    message = (
+        r"^elapsed: mask must be \[T, D\] and times \[T\], got \[2, 3, 4\] and \[3\]; "
+        r"give one sequence a call$"
+    )
+    with pytest.raises(ValueError, match=message):
+        data.elapsed(np.ones((2, 3, 4)), np.arange(3))
+    with pytest.raises(
+        ValueError, match=r"^elapsed: mask must be .*\[3, 4\] and \[2\];"
+    ):
+        data.elapsed(np.ones((3, 4)), np.arange(2))
+    for times in ([0, 2, 1], [0, np.nan, 1]):
+        with pytest.raises(
+            ValueError, match=r"^elapsed: times must be in order and not"
+        ):
+            data.elapsed(np.ones((3, 4)), times)
+
+
 @pytest.mark.parametrize(("drop", "count"), [(False, 3), (True, 2)])
 def test_batches_keep_rows_together(drop, count):
     arrays = {"xs": np.arange(20).reshape(10, 2), "ys": np.arange(10)}

@@ -24,7 +24,7 @@ from jlstm.data.python_source import (
     python_sources,
     python_token_classes,
 )
-from jlstm.data.series import windows
+from jlstm.data.series import elapsed, windows
 from jlstm.data.streams import lanes, scoring_lanes
 from jlstm.data.text import Vocabulary
 
@@ -34,6 +34,7 @@ __all__ = [
     "batches",
     "bucket_lengths",
     "bucketed",
+    "elapsed",
     "extract",
     "fetch",
     "lanes",

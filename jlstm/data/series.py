@@ -1,4 +1,4 @@
-"""Windows of a time series."""
+"""Windows of a time series, and the times of its gaps."""
 
 from __future__ import annotations
 
@@ -52,3 +52,48 @@ def windows(
     if target_length:
         cut["targets"] = views[:, input_length:]
     return cut
+
+
+def elapsed(mask: ArrayLike, times: ArrayLike) -> np.ndarray:
+    r"""Computes the time since each variable was observed last, before each step.
+
+    .. math::
+        \delta_t = s_t - s_{t-1} + (1 - m_{t-1}) \delta_{t-1}, \qquad \delta_1 = 0
+
+    so that a variable that was never observed counts from the first step. It is what
+    ``jlstm.GRUDInput`` takes as ``delta``. For long times choose a unit in which they
+    are of the order of 1.
+
+    Args:
+      mask: ``[T, D]``, true or 1 where a variable was observed.
+      times: ``[T]``, of the steps, in order.
+
+    Returns:
+      ``[T, D]``, float32.
+
+    Raises:
+      ValueError: shapes that do not fit, or times that are not in order.
+
+    Example:
+      >>> observed = [[1, 0], [0, 1], [1, 1]]
+      >>> jlstm.data.elapsed(observed, [0.0, 1.0, 4.0]).tolist()
+      [[0.0, 0.0], [1.0, 1.0], [4.0, 3.0]]
+
+    References:
+      Che et al., Recurrent neural networks for multivariate time series with missing
+      values, 2018.
+    """
+    where, seen, at = "elapsed", np.asarray(mask), np.asarray(times, np.float64)
+    if seen.ndim != 2 or at.shape != seen.shape[:1]:
+        raise ValueError(
+            f"{where}: mask must be [T, D] and times [T], got {list(seen.shape)} and "
+            f"{list(at.shape)}; give one sequence a call"
+        )
+    if not (np.diff(at) >= 0).all():
+        raise ValueError(f"{where}: times must be in order and not NaN; sort the steps")
+    # Of each variable, the last step before the next one in which it was observed.
+    steps = np.where(seen > 0, np.arange(len(at))[:, None], 0)
+    last = np.maximum.accumulate(steps, axis=0)[:-1]
+    delta = np.zeros(seen.shape, np.float32)
+    delta[1:] = at[1:, None] - at[last]
+    return delta
