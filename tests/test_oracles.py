@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jlstm.kernels import fused, product
 from jlstm.testing import check_cell
 from tests.cases import TOLERANCE
 from tests.oracles import errors, gated, wrappers
 
 CASES = [*gated.CASES, *wrappers.CASES]
+from tests.oracles import errors, gated, simple
+
+CASES = [*gated.CASES, *simple.CASES]
 # Of a slope against central differences of the oracle.
 SLOPE = {"float64": 1e-8, "float32": 1e-4}
 
@@ -31,8 +35,10 @@ def test_cell_equals_its_formula(case, implementation):
 
 
 @each_case
-def test_cell_equals_its_formula_in_float32(case):
-    """On a CPU, the steps in C++ are for float32 alone."""
+def test_cell_equals_its_formula_in_float32(case, monkeypatch):
+    """On a CPU, the steps in C++ are for float32 alone, and for one device."""
+    for module in (product, fused):
+        monkeypatch.setattr(module, "may_be_sharded", lambda: False)
     found = errors(case, "fused", "float32")
     assert found["value"] <= TOLERANCE["float32"]
     assert found["gradient"] <= SLOPE["float32"]

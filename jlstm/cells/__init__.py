@@ -19,6 +19,9 @@ from jlstm.cells.gates import (
     sigmoid,
     tanh,
 )
+from jlstm.cells.conv_lstm import ConvLSTM, ConvLSTMParams, conv_lstm_step
+from jlstm.cells.elman import Elman, ElmanCarry, ElmanParams, elman_step
+from jlstm.cells.gates import add_vector, affine, convolve, fresh, gates, row, tanh
 from jlstm.cells.gru import (
     GRU,
     GRUCarry,
@@ -34,6 +37,8 @@ from jlstm.cells.layer_norm import (
     layer_norm_gru_step,
     layer_norm_lstm_step,
 )
+from jlstm.cells.gru_d import GRUD, GRUDCarry, GRUDInput, GRUDParams, gru_d_step
+from jlstm.cells.ind_rnn import IndRNN, IndRNNCarry, IndRNNParams, ind_rnn_step
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams, lstm_step
 from jlstm.cells.lstmp import LSTMP, LSTMPCarry, LSTMPParams, lstmp_step
 from jlstm.cells.mgu import MGU, MGUCarry, MGUParams, mgu_reset_after_step, mgu_step
@@ -52,10 +57,20 @@ from jlstm.cells.peephole import (
     peephole_lstm_step,
 )
 from jlstm.cells.wrappers import Precision, Wrapper, prepare
+from jlstm.cells.time_lstm import (
+    TimeLSTM,
+    TimeLSTMInput,
+    TimeLSTMParams,
+    inverse,
+    inverse_log,
+    time_lstm_step,
+)
+from jlstm.cells.wrappers import Precision, prepare
 
 __all__ = [
     "CIFG",
     "GRU",
+    "GRUD",
     "LSTM",
     "LSTMP",
     "MGU",
@@ -63,11 +78,19 @@ __all__ = [
     "CIFGParams",
     "ClipCarry",
     "DropConnect",
+    "ConvLSTM",
+    "ConvLSTMParams",
     "Elman",
     "ElmanCarry",
     "ElmanParams",
     "GRUCarry",
+    "GRUDCarry",
+    "GRUDInput",
+    "GRUDParams",
     "GRUParams",
+    "IndRNN",
+    "IndRNNCarry",
+    "IndRNNParams",
     "LSTMCarry",
     "LSTMPCarry",
     "LSTMPParams",
@@ -96,13 +119,24 @@ __all__ = [
     "add_vector",
     "affine",
     "cifg_step",
+    "TimeLSTM",
+    "TimeLSTMInput",
+    "TimeLSTMParams",
+    "add_vector",
+    "affine",
+    "conv_lstm_step",
+    "convolve",
     "elman_step",
     "fresh",
     "gates",
+    "gru_d_step",
     "gru_reset_before_step",
     "gru_step",
     "layer_norm_gru_step",
     "layer_norm_lstm_step",
+    "ind_rnn_step",
+    "inverse",
+    "inverse_log",
     "lstm_step",
     "lstmp_step",
     "mgu_reset_after_step",
@@ -114,4 +148,5 @@ __all__ = [
     "row",
     "sigmoid",
     "tanh",
+    "time_lstm_step",
 ]

@@ -1,13 +1,16 @@
-"""Arithmetic that cell authors share: affine maps and gate activations."""
+"""Arithmetic that cell authors share: affine maps, convolutions, activations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
 from jlstm.types import Array
 
@@ -26,6 +29,51 @@ def affine(x: Array, w: Array, b: Array | None = None) -> Array:
 def add_vector(z: Array, b: Array) -> Array:
     """Adds ``b [G]`` to ``z [..., G]``, legal where rank promotion is refused."""
     return z + row(b, z)
+
+
+def convolve(
+    x: Array,
+    w: Array,
+    *,
+    strides: Sequence[int] | None = None,
+    padding: Literal["SAME", "VALID"] = "SAME",
+    dilation: Sequence[int] | None = None,
+) -> Array:
+    """Convolves ``x [..., *S, D]`` with ``w [*K, D, G]`` over the spatial axes ``*S``.
+
+    Args:
+      x: what to convolve; leading dimensions are batch dimensions.
+      w: one to three spatial axes, and two of channels.
+      strides: one a spatial axis; 1 if ``None``.
+      padding: ``"SAME"`` or ``"VALID"``.
+      dilation: one a spatial axis; 1 if ``None``.
+
+    Example:
+      >>> jlstm.cells.convolve(jnp.ones((2, 8, 8, 3)), jnp.ones((5, 5, 3, 4))).shape
+      (2, 8, 8, 4)
+    """
+    axes = w.ndim - 2
+    lead, names = x.shape[: -1 - axes], "XYZ"[:axes]
+    dtype = jnp.result_type(x, w)  # which a product would find itself
+
+    def run(x: Array, w: Array) -> Array:
+        z = jax.lax.conv_general_dilated(
+            x.reshape(math.prod(lead), *x.shape[len(lead) :]).astype(dtype),
+            w.astype(dtype),
+            window_strides=strides or (1,) * axes,
+            padding=padding,
+            rhs_dilation=dilation,
+            dimension_numbers=(f"N{names}C", f"{names}IO", f"N{names}C"),
+        )
+        return z.reshape(*lead, *z.shape[1:])
+
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        # Axes that are joined to one batch, here or by vmap, have no explicit sharding.
+        spec = PartitionSpec(*sharding.spec[: len(lead)], *(None,) * (axes + 1))
+        run_in_mesh: Any = jax.sharding.auto_axes(run, out_sharding=spec)
+        return run_in_mesh(x, w)
+    return run(x, w)
 
 
 def row(v: Array, z: Array) -> Array:

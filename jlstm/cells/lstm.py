@@ -15,6 +15,7 @@ from jlstm.types import (
     Activation,
     Array,
     Initializer,
+    PyTree,
     check_activations,
     check_positive,
     config,
@@ -54,7 +55,7 @@ def lstm_mix(params: LSTMParams, carry: LSTMCarry, zx: Array) -> Array:
 
 
 def lstm_update(
-    params: LSTMParams,
+    params: PyTree,
     carry: LSTMCarry,
     zx: Array,
     zh: Array,
