@@ -30,7 +30,7 @@ import numpy as np
 
 import jlstm
 from tests.oracles import Case, errors
-from tests.test_oracles import CASES
+from tests.test_oracles import CASES, case_of
 
 # Of the benchmark: T, B, D, H.
 SIZES = ((100, 32, 128, 128), (35, 20, 200, 200))
@@ -55,14 +55,9 @@ def main() -> None:
     columns += [f"fused / scan at {size}" for size in sizes] + ["loop", "lines"]
     print("|", " | ".join(columns), "|")
     print("|", " | ".join("---" for _ in columns), "|")
-    for case in map(unmarked, CASES):
+    for case in map(case_of, CASES):
         if options.only in str(case):
             print("|", " | ".join(row(case, sizes)), "|", flush=True)
-
-
-def unmarked(case: Any) -> Case:
-    """Takes a case out of ``pytest.param``."""
-    return case if isinstance(case, Case) else case.values[0]
 
 
 def row(case: Case, sizes: tuple[tuple[int, ...], ...]) -> list[str]:

@@ -7,21 +7,20 @@ from jlstm.cells.constraints import (
     WeightNorm,
     WeightNormParams,
 )
+from jlstm.cells.conv_lstm import ConvLSTM, ConvLSTMParams, conv_lstm_step
 from jlstm.cells.dropout import DropConnect, VariationalDropout, Zoneout
 from jlstm.cells.elman import Elman, ElmanCarry, ElmanParams, elman_step
 from jlstm.cells.gates import (
     activate,
     add_vector,
     affine,
+    convolve,
     fresh,
     gates,
     row,
     sigmoid,
     tanh,
 )
-from jlstm.cells.conv_lstm import ConvLSTM, ConvLSTMParams, conv_lstm_step
-from jlstm.cells.elman import Elman, ElmanCarry, ElmanParams, elman_step
-from jlstm.cells.gates import add_vector, affine, convolve, fresh, gates, row, tanh
 from jlstm.cells.gru import (
     GRU,
     GRUCarry,
@@ -29,6 +28,8 @@ from jlstm.cells.gru import (
     gru_reset_before_step,
     gru_step,
 )
+from jlstm.cells.gru_d import GRUD, GRUDCarry, GRUDInput, GRUDParams, gru_d_step
+from jlstm.cells.ind_rnn import IndRNN, IndRNNCarry, IndRNNParams, ind_rnn_step
 from jlstm.cells.layer_norm import (
     LayerNormGRU,
     LayerNormGRUParams,
@@ -37,8 +38,6 @@ from jlstm.cells.layer_norm import (
     layer_norm_gru_step,
     layer_norm_lstm_step,
 )
-from jlstm.cells.gru_d import GRUD, GRUDCarry, GRUDInput, GRUDParams, gru_d_step
-from jlstm.cells.ind_rnn import IndRNN, IndRNNCarry, IndRNNParams, ind_rnn_step
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams, lstm_step
 from jlstm.cells.lstmp import LSTMP, LSTMPCarry, LSTMPParams, lstmp_step
 from jlstm.cells.mgu import MGU, MGUCarry, MGUParams, mgu_reset_after_step, mgu_step
@@ -56,7 +55,6 @@ from jlstm.cells.peephole import (
     PeepholeLSTMParams,
     peephole_lstm_step,
 )
-from jlstm.cells.wrappers import Precision, Wrapper, prepare
 from jlstm.cells.time_lstm import (
     TimeLSTM,
     TimeLSTMInput,
@@ -65,7 +63,7 @@ from jlstm.cells.time_lstm import (
     inverse_log,
     time_lstm_step,
 )
-from jlstm.cells.wrappers import Precision, prepare
+from jlstm.cells.wrappers import Precision, Wrapper, prepare
 
 __all__ = [
     "CIFG",
@@ -77,9 +75,9 @@ __all__ = [
     "CIFGCarry",
     "CIFGParams",
     "ClipCarry",
-    "DropConnect",
     "ConvLSTM",
     "ConvLSTMParams",
+    "DropConnect",
     "Elman",
     "ElmanCarry",
     "ElmanParams",
@@ -110,6 +108,9 @@ __all__ = [
     "PeepholeLSTMParams",
     "Precision",
     "ResidualCell",
+    "TimeLSTM",
+    "TimeLSTMInput",
+    "TimeLSTMParams",
     "VariationalDropout",
     "WeightNorm",
     "WeightNormParams",
@@ -119,11 +120,6 @@ __all__ = [
     "add_vector",
     "affine",
     "cifg_step",
-    "TimeLSTM",
-    "TimeLSTMInput",
-    "TimeLSTMParams",
-    "add_vector",
-    "affine",
     "conv_lstm_step",
     "convolve",
     "elman_step",
@@ -132,11 +128,11 @@ __all__ = [
     "gru_d_step",
     "gru_reset_before_step",
     "gru_step",
-    "layer_norm_gru_step",
-    "layer_norm_lstm_step",
     "ind_rnn_step",
     "inverse",
     "inverse_log",
+    "layer_norm_gru_step",
+    "layer_norm_lstm_step",
     "lstm_step",
     "lstmp_step",
     "mgu_reset_after_step",

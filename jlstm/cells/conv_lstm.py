@@ -118,7 +118,6 @@ class ConvLSTM:
     b_init: Initializer = initialisers.zeros
 
     mix = staticmethod(conv_lstm_mix)
-    update = staticmethod(lstm_update)
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden_size")
@@ -183,6 +182,12 @@ class ConvLSTM:
     ) -> tuple[LSTMCarry, Array]:
         """Advances one step."""
         return conv_lstm_step(params, carry, x, **self._options(x))
+
+    def update(
+        self, params: ConvLSTMParams, carry: LSTMCarry, zx: Array, zh: Array
+    ) -> tuple[LSTMCarry, Array]:
+        """Applies the gates, as those of an LSTM at each place."""
+        return lstm_update(params, carry, zx, zh)
 
     def init(self, key: Array, x: Array) -> ConvLSTMParams:
         """Makes params for inputs like ``x [..., *spatial_shape, D]``."""
