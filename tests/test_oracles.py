@@ -22,6 +22,9 @@ SHAPES = (
     jlstm.GRUD,
     jlstm.Zoneout,
 )
+from tests.oracles import errors, gated, linear
+
+CASES = [*gated.CASES, *linear.CASES]
 # Of a slope against central differences of the oracle.
 SLOPE = {"float64": 1e-8, "float32": 1e-4}
 

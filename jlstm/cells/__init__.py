@@ -21,6 +21,7 @@ from jlstm.cells.gates import (
     sigmoid,
     tanh,
 )
+from jlstm.cells.gates import add_vector, affine, fresh, gates, positive, row, tanh
 from jlstm.cells.gru import (
     GRU,
     GRUCarry,
@@ -49,6 +50,10 @@ from jlstm.cells.multi_head import (
     multi_head_gru_step,
     multi_head_lstm_step,
 )
+from jlstm.cells.lru import LRU, LRUCarry, LRUParams, lru_step
+from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams, lstm_step
+from jlstm.cells.min_gru import MinGRU, MinGRUCarry, MinGRUParams, min_gru_step
+from jlstm.cells.min_lstm import MinLSTM, MinLSTMCarry, MinLSTMParams, min_lstm_step
 from jlstm.cells.peephole import (
     PeepholeLSTM,
     PeepholeLSTMCarry,
@@ -69,6 +74,7 @@ __all__ = [
     "CIFG",
     "GRU",
     "GRUD",
+    "LRU",
     "LSTM",
     "LSTMP",
     "MGU",
@@ -89,6 +95,8 @@ __all__ = [
     "IndRNN",
     "IndRNNCarry",
     "IndRNNParams",
+    "LRUCarry",
+    "LRUParams",
     "LSTMCarry",
     "LSTMPCarry",
     "LSTMPParams",
@@ -103,6 +111,12 @@ __all__ = [
     "MultiHeadGRUParams",
     "MultiHeadLSTM",
     "MultiHeadLSTMParams",
+    "MinGRU",
+    "MinGRUCarry",
+    "MinGRUParams",
+    "MinLSTM",
+    "MinLSTMCarry",
+    "MinLSTMParams",
     "PeepholeLSTM",
     "PeepholeLSTMCarry",
     "PeepholeLSTMParams",
@@ -139,7 +153,12 @@ __all__ = [
     "mgu_step",
     "multi_head_gru_step",
     "multi_head_lstm_step",
+    "lru_step",
+    "lstm_step",
+    "min_gru_step",
+    "min_lstm_step",
     "peephole_lstm_step",
+    "positive",
     "prepare",
     "row",
     "sigmoid",

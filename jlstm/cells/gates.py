@@ -212,3 +212,16 @@ def tanh(x: Array) -> Array:
       [0.0, 0.0]
     """
     return gates(x, "t")[0]
+
+
+def positive(x: Array) -> Array:
+    """Applies ``x + 1/2`` where ``x >= 0``, else a sigmoid; continuous, and positive.
+
+    References:
+      Feng et al., Were RNNs all we needed?, 2024, where it is called g.
+
+    Example:
+      >>> jlstm.cells.positive(jnp.array([0.0, 2.0])).tolist()
+      [0.5, 2.5]
+    """
+    return jnp.where(x >= 0, x + 0.5, gates(x, "s")[0])

@@ -1,0 +1,184 @@
+"""The linear recurrent unit: a complex diagonal recurrence, kept as pairs of reals."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jlstm.cells.gates import fresh, row
+from jlstm.init import Normal
+from jlstm.types import Array, check_positive, common_dtype, config, float_dtype
+
+
+@struct.dataclass
+class LRUParams:
+    """Weights of an LRU with S complex states; real parts and imaginary parts."""
+
+    nu_log: Array  # [S]
+    theta_log: Array  # [S]
+    gamma_log: Array  # [S]
+    b_re: Array  # [D, S]
+    b_im: Array  # [D, S]
+    c_re: Array  # [S, H]
+    c_im: Array  # [S, H]
+    d: Array  # [D, H]
+    re: Array | None = None  # [S], the eigenvalues, made once a sequence
+    im: Array | None = None  # [S]
+
+
+class LRUCarry(NamedTuple):
+    """Carry of an LRU, as reals: of complex numbers a dtype policy knows nothing."""
+
+    re: Array  # [..., S]
+    im: Array  # [..., S]
+
+
+def lru_prepare(params: LRUParams) -> LRUParams:
+    """Makes the eigenvalues, in float32 at least: they lie close to a circle."""
+    dtype = common_dtype(params.nu_log.dtype, jnp.float32)
+    modulus = jnp.exp(-jnp.exp(params.nu_log.astype(dtype)))
+    angle = jnp.exp(params.theta_log.astype(dtype))
+    return params.replace(re=modulus * jnp.cos(angle), im=modulus * jnp.sin(angle))
+
+
+def lru_project(params: LRUParams, x: Array) -> tuple[Array, Array, Array]:
+    """Computes ``gamma * (x @ b)``, its two parts ``[..., S]``, and ``x @ d``."""
+    gamma = row(jnp.exp(params.gamma_log), params.b_re)
+    w = jnp.concatenate([gamma * params.b_re, gamma * params.b_im, params.d], axis=-1)
+    size = params.nu_log.shape[0]
+    re, im, skip = jnp.split(x @ w, [size, 2 * size], axis=-1)
+    return re, im, skip
+
+
+def lru_mix(params: LRUParams, carry: LRUCarry, zx: tuple) -> tuple:
+    """Has no recurrent product."""
+    del params, carry, zx
+    return ()
+
+
+def lru_update(
+    params: LRUParams, carry: LRUCarry, zx: tuple[Array, Array, Array], zh: tuple = ()
+) -> tuple[LRUCarry, Array]:
+    """Turns the carry, adds the input, and reads the output off it."""
+    del zh
+    if params.re is None:
+        params = lru_prepare(params)
+    a, b = (row(v, zx[0]).astype(zx[0].dtype) for v in (params.re, params.im))
+    re = a * carry.re - b * carry.im + zx[0]
+    im = b * carry.re + a * carry.im + zx[1]
+    return LRUCarry(re, im), re @ params.c_re - im @ params.c_im + zx[2]
+
+
+def lru_step(params: LRUParams, carry: LRUCarry, x: Array) -> tuple[LRUCarry, Array]:
+    r"""Advances an LRU by one time step.
+
+    .. math::
+        \lambda &= \exp(-e^{\nu} + i e^{\theta}), \qquad B, C \text{ complex} \\
+        s' &= \lambda \odot s + e^{\gamma} \odot (x B) \\
+        y &= \mathrm{Re}(s' C) + x D
+
+    Args:
+      params: ``nu_log``, ``theta_log`` and ``gamma_log`` ``[S]``, ``b_re`` and ``b_im``
+        ``[D, S]``, ``c_re`` and ``c_im`` ``[S, H]``, ``d [D, H]``.
+      carry: the real and the imaginary part of ``s``, ``[..., S]`` each.
+      x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+
+    Returns:
+      The new carry, and the output ``[..., H]``.
+
+    Example:
+      >>> cell, x = jlstm.LRU(8), jnp.ones((2, 3))
+      >>> params = cell.init(jax.random.key(0), x)
+      >>> carry, y = cell.step(params, cell.init_carry(params, (2,)), x)
+      >>> y.shape
+      (2, 8)
+
+    References:
+      Orvieto et al., Resurrecting recurrent neural networks for long sequences, 2023.
+    """
+    return lru_update(params, carry, lru_project(params, x))
+
+
+@config
+class LRU:
+    r"""A linear recurrent unit; see :func:`jlstm.cells.lru_step` for the formula.
+
+    At init :math:`\lambda` is uniform in a ring of the complex plane, and
+    :math:`e^\gamma = \sqrt{1 - |\lambda|^2}`.
+
+    Attributes:
+      hidden_size: ``H``, the size of the output.
+      state_size: ``S``, the number of complex states; ``H`` if ``None``.
+      r_min: the inner radius of the ring.
+      r_max: the outer radius of the ring, at most 1.
+      max_phase: the largest angle; small ones make a long memory easier to learn.
+
+    Example:
+      >>> layer = jlstm.RNN(jlstm.LRU(8, state_size=16, r_min=0.9))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), xs), xs)
+      >>> ys.shape, carry.re.shape
+      ((2, 5, 8), (2, 16))
+    """
+
+    hidden_size: int
+    state_size: int | None = None
+    r_min: float = 0.0
+    r_max: float = 1.0
+    max_phase: float = 2 * math.pi
+
+    project = staticmethod(lru_project)
+    mix = staticmethod(lru_mix)
+    update = staticmethod(lru_update)
+    step = staticmethod(lru_step)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden_size")
+        if self.state_size is not None:
+            check_positive(self, "state_size")
+        if not 0 <= self.r_min < self.r_max <= 1:
+            raise ValueError(
+                "LRU.r_min, r_max: must be 0 <= r_min < r_max <= 1, got "
+                f"{self.r_min!r} and {self.r_max!r}"
+            )
+        if not self.max_phase > 0:
+            raise ValueError(f"LRU.max_phase: must be > 0, got {self.max_phase!r}")
+
+    def init(self, key: Array, x: Array) -> LRUParams:
+        """Makes params for inputs like ``x [..., D]``."""
+        keys = jax.random.split(key, 7)
+        features, dtype, out = x.shape[-1], float_dtype(x), self.hidden_size
+        size = self.state_size or out
+        tiny = float(jnp.finfo(dtype).eps)  # no logarithm of zero
+        low, high = self.r_min**2, self.r_max**2
+        square = jax.random.uniform(keys[0], (size,), dtype, low, high)
+        square = jnp.clip(square, tiny, 1 - tiny)  # of the modulus
+        phase = jax.random.uniform(keys[1], (size,), dtype, tiny) * self.max_phase
+        small = Normal((2 * features) ** -0.5)
+        return LRUParams(
+            nu_log=jnp.log(-jnp.log(square) / 2),
+            theta_log=jnp.log(phase),
+            gamma_log=jnp.log(1 - square) / 2,
+            b_re=small(keys[2], (features, size), dtype),
+            b_im=small(keys[3], (features, size), dtype),
+            c_re=Normal(size**-0.5)(keys[4], (size, out), dtype),
+            c_im=Normal(size**-0.5)(keys[5], (size, out), dtype),
+            d=Normal(features**-0.5)(keys[6], (features, out), dtype),
+        )
+
+    def prepare(
+        self, params: LRUParams, xs: Array, *, key: Array | None = None
+    ) -> tuple[LRUParams, Array]:
+        """Makes the eigenvalues, outside the loop."""
+        del key
+        return lru_prepare(params), xs
+
+    def init_carry(self, params: LRUParams, batch_shape: tuple[int, ...]) -> LRUCarry:
+        """Makes the fresh carry, ``[*batch_shape, S]`` each."""
+        size = params.nu_log.shape[0]
+        zeros = fresh(None, size, batch_shape, params.nu_log)
+        return LRUCarry(zeros, zeros)

@@ -1,0 +1,155 @@
+"""GRU without a recurrent product: its gate sees the input alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jlstm import init as initialisers
+from jlstm.cells.gates import affine, fresh, gates
+from jlstm.init import per_gate
+from jlstm.types import Array, Initializer, check_positive, config, float_dtype
+
+
+@struct.dataclass
+class MinGRUParams:
+    """Weights of a minGRU; gates in the order z, n."""
+
+    w_ih: Array  # [D, 2H]
+    b: Array  # [2H]
+    h0: Array | None = None  # [H], the learned fresh carry
+
+
+class MinGRUCarry(NamedTuple):
+    """Carry of a minGRU."""
+
+    h: Array  # [..., H]
+
+
+def min_gru_project(params: MinGRUParams, x: Array) -> Array:
+    """Computes the pre-activations, ``[..., 2H]``."""
+    return affine(x, params.w_ih, params.b)
+
+
+def min_gru_mix(params: MinGRUParams, carry: MinGRUCarry, zx: Array) -> tuple:
+    """Has no recurrent product."""
+    del params, carry, zx
+    return ()
+
+
+def min_gru_update(
+    params: MinGRUParams,
+    carry: MinGRUCarry,
+    zx: Array,
+    zh: tuple = (),
+    activation: Callable[[Array], Array] = jax.nn.identity,
+) -> tuple[MinGRUCarry, Array]:
+    """Applies the gate to the pre-activations ``zx [..., 2H]``."""
+    del params, zh
+    z_z, z_n = jnp.split(zx, 2, axis=-1)
+    (z,) = gates(z_z, "s")
+    h = carry.h - z * carry.h + z * activation(z_n)
+    return MinGRUCarry(h), h
+
+
+def min_gru_step(
+    params: MinGRUParams,
+    carry: MinGRUCarry,
+    x: Array,
+    activation: Callable[[Array], Array] = jax.nn.identity,
+) -> tuple[MinGRUCarry, Array]:
+    r"""Advances a minGRU by one time step.
+
+    .. math::
+        z &= \sigma(x W_{ih}^z + b^z), \qquad n = x W_{ih}^n + b^n \\
+        h' &= (1 - z) \odot h + z \odot n
+
+    The gate is the complement of that of :func:`jlstm.gru_step`, as in the paper.
+
+    Args:
+      params: ``w_ih [D, 2H]``, ``b [2H]``.
+      carry: ``h`` of the step before, ``[..., H]``.
+      x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+      activation: of the candidate ``n``.
+
+    Returns:
+      The new carry, and the output ``[..., H]``, which is the new ``h``.
+
+    Example:
+      >>> cell, x = jlstm.MinGRU(8), jnp.ones((2, 3))
+      >>> params = cell.init(jax.random.key(0), x)
+      >>> carry, y = cell.step(params, cell.init_carry(params, (2,)), x)
+      >>> y.shape
+      (2, 8)
+
+    References:
+      Feng et al., Were RNNs all we needed?, 2024.
+    """
+    zx = min_gru_project(params, x)
+    return min_gru_update(params, carry, zx, activation=activation)
+
+
+@config
+class MinGRU:
+    """A minGRU; see :func:`jlstm.cells.min_gru_step` for the formula.
+
+    Attributes:
+      hidden_size: ``H``.
+      activation: of the candidate, which is linear unless given. With
+        ``jlstm.cells.positive`` it is that of the paper's log-space form, whose carry
+        stays positive.
+      learned_carry: learns the fresh carry, which starts at zero.
+      w_ih_init: initialiser of ``w_ih``, gate by gate.
+      b_init: initialiser of the biases.
+
+    Example:
+      >>> layer = jlstm.RNN(jlstm.MinGRU(8))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), xs), xs)
+      >>> ys.shape
+      (2, 5, 8)
+    """
+
+    hidden_size: int
+    activation: Callable[[Array], Array] = jax.nn.identity
+    learned_carry: bool = False
+    w_ih_init: Initializer = initialisers.glorot_uniform
+    b_init: Initializer = initialisers.zeros
+
+    project = staticmethod(min_gru_project)
+    mix = staticmethod(min_gru_mix)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden_size")
+
+    def update(
+        self, params: MinGRUParams, carry: MinGRUCarry, zx: Array, zh: tuple
+    ) -> tuple[MinGRUCarry, Array]:
+        """Applies the gate."""
+        return min_gru_update(params, carry, zx, zh, self.activation)
+
+    def step(
+        self, params: MinGRUParams, carry: MinGRUCarry, x: Array
+    ) -> tuple[MinGRUCarry, Array]:
+        """Advances one step."""
+        return min_gru_step(params, carry, x, self.activation)
+
+    def init(self, key: Array, x: Array) -> MinGRUParams:
+        """Makes params for inputs like ``x [..., D]``."""
+        keys = jax.random.split(key)
+        size, dtype = self.hidden_size, float_dtype(x)
+        return MinGRUParams(
+            w_ih=per_gate(self.w_ih_init, keys[0], 2, (x.shape[-1], size), dtype),
+            b=per_gate(self.b_init, keys[1], 2, (size,), dtype),
+            h0=jnp.zeros((size,), dtype) if self.learned_carry else None,
+        )
+
+    def init_carry(
+        self, params: MinGRUParams, batch_shape: tuple[int, ...]
+    ) -> MinGRUCarry:
+        """Makes the fresh carry, ``[*batch_shape, H]``."""
+        return MinGRUCarry(fresh(params.h0, self.hidden_size, batch_shape, params.w_ih))
