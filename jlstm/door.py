@@ -88,8 +88,8 @@ def unroll(
       checkpoint_every: a gradient stores the carry once in so many steps, and computes
         the steps between again: less memory for some time. ``"sqrt"`` means the square
         root of T, the least memory; ``None`` stores every step.
-      implementation: ``"native"``, ``"fused"``, ``"cudnn"`` or ``"scan"``; ``None``
-        chooses (see :func:`explain`).
+      implementation: ``"native"``, ``"fused"``, ``"cudnn"``, ``"scan"`` or
+        ``"associative"``; ``None`` chooses (see :func:`explain`).
 
     Returns:
       ``(ys, carry)``: outputs ``[B, T, H]``; the carry after the last valid step, of a
@@ -123,6 +123,7 @@ def unroll(
     check_checkpoint_every(checkpoint_every, "unroll")
     request = _request(
         (params, xs),
+        xs,
         lengths,
         given_mask,
         resets,
@@ -504,7 +505,7 @@ def explain(
             "explain", f"needs a cell, got the layer {cell!r}; see summary for layers"
         )
     request = _request(
-        xs, lengths, mask, resets, reverse, return_carries, checkpoint_every
+        xs, xs, lengths, mask, resets, reverse, return_carries, checkpoint_every
     )
     chosen = choose(cell, implementation, request)
     others = []
@@ -520,6 +521,7 @@ def explain(
 
 def _request(
     arrays: PyTree,
+    xs: PyTree,
     lengths: Array | None,
     mask: Array | None,
     resets: Array | None,
@@ -540,7 +542,15 @@ def _request(
         checkpoint_every=checkpoint_every is not None,
         sharded=may_be_sharded(),
         any_size=not all(isinstance(size, int) for size in sizes),
+        inputs=None if xs is None else inputs_of(xs),
     )
+
+
+def inputs_of(xs: PyTree) -> tuple[Any, tuple]:
+    """Returns the structure of inputs, and shapes and dtypes of the leaves."""
+    leaves, tree = jax.tree.flatten(xs)
+    like = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+    return tree, tuple(like)
 
 
 def able(cell: Cell, request: Request = UNKNOWN) -> list[str]:
@@ -554,7 +564,8 @@ def choose(cell: Cell, implementation: str | None, request: Request = UNKNOWN) -
     """Returns the name of the implementation to run; a named one never falls back."""
     gated(cell)  # refuses a half-defined form, whatever runs
     if implementation is None:
-        return able(cell, request)[0]
+        found = (n for n, k in IMPLEMENTATIONS.items() if not k.why_not(cell, request))
+        return next(found)
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(repr(name) for name in IMPLEMENTATIONS)
         raise error(

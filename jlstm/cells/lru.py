@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -37,12 +38,14 @@ class LRUCarry(NamedTuple):
     im: Array  # [..., S]
 
 
-def lru_prepare(params: LRUParams) -> LRUParams:
-    """Makes the eigenvalues, in float32 at least: they lie close to a circle."""
+def lru_eigenvalues(params: LRUParams) -> tuple[Array, Array]:
+    """Computes the eigenvalues ``[S]``, in float32 at least: close to a circle."""
+    if params.re is not None and params.im is not None:
+        return params.re, params.im
     dtype = common_dtype(params.nu_log.dtype, jnp.float32)
     modulus = jnp.exp(-jnp.exp(params.nu_log.astype(dtype)))
     angle = jnp.exp(params.theta_log.astype(dtype))
-    return params.replace(re=modulus * jnp.cos(angle), im=modulus * jnp.sin(angle))
+    return modulus * jnp.cos(angle), modulus * jnp.sin(angle)
 
 
 def lru_project(params: LRUParams, x: Array) -> tuple[Array, Array, Array]:
@@ -65,9 +68,7 @@ def lru_update(
 ) -> tuple[LRUCarry, Array]:
     """Turns the carry, adds the input, and reads the output off it."""
     del zh
-    if params.re is None:
-        params = lru_prepare(params)
-    a, b = (row(v, zx[0]).astype(zx[0].dtype) for v in (params.re, params.im))
+    a, b = (row(v, zx[0]).astype(zx[0].dtype) for v in lru_eigenvalues(params))
     re = a * carry.re - b * carry.im + zx[0]
     im = b * carry.re + a * carry.im + zx[1]
     return LRUCarry(re, im), re @ params.c_re - im @ params.c_im + zx[2]
@@ -175,10 +176,11 @@ class LRU:
     ) -> tuple[LRUParams, Array]:
         """Makes the eigenvalues, outside the loop."""
         del key
-        return lru_prepare(params), xs
+        re, im = lru_eigenvalues(params)
+        return dataclasses.replace(params, re=re, im=im), xs
 
     def init_carry(self, params: LRUParams, batch_shape: tuple[int, ...]) -> LRUCarry:
         """Makes the fresh carry, ``[*batch_shape, S]`` each."""
         size = params.nu_log.shape[0]
-        zeros = fresh(None, size, batch_shape, params.nu_log)
-        return LRUCarry(zeros, zeros)
+        re, im = (fresh(None, size, batch_shape, params.nu_log) for _ in range(2))
+        return LRUCarry(re, im)

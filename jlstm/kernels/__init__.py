@@ -6,10 +6,16 @@ reason why it cannot run a cell as a :class:`Request` asks, or ``None``. It may 
 ``note(cell, request, xs)``, for :func:`jlstm.explain`.
 """
 
-from jlstm.kernels import cudnn, fused, native, scan
+from jlstm.kernels import associative, cudnn, fused, native, scan
 from jlstm.kernels.request import Request
 
 # In the order in which they are chosen where none is named.
-IMPLEMENTATIONS = {"native": native, "fused": fused, "cudnn": cudnn, "scan": scan}
+IMPLEMENTATIONS = {
+    "native": native,
+    "fused": fused,
+    "cudnn": cudnn,
+    "scan": scan,
+    "associative": associative,
+}
 
 __all__ = ["IMPLEMENTATIONS", "Request"]

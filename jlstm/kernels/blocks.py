@@ -77,6 +77,61 @@ def over_blocks(
     return state, written
 
 
+def scan_blocks(
+    block: Callable, carry: PyTree, inputs: PyTree, size: int, *, reverse: bool
+) -> tuple[PyTree, PyTree]:
+    """Runs ``block(carry, inputs) -> (carry, outs)`` over time-major blocks.
+
+    Unlike :func:`over_blocks`, it is differentiated by JAX.
+    """
+    order = -1 if reverse else 1
+    time = jax.tree.leaves(inputs)[0].shape[0]
+    outs = []
+    for start, blocks, steps in segments(time, size)[::order]:
+
+        def part(leaf: Array, window: tuple = (start, blocks, steps)) -> Array:
+            start, blocks, steps = window
+            found = leaf[start : start + blocks * steps]
+            return found.reshape(blocks, steps, *leaf.shape[1:])
+
+        carry, out = jax.lax.scan(
+            block, carry, jax.tree.map(part, inputs), reverse=reverse
+        )
+        outs.append(out)
+
+    def whole(*parts: Array) -> Array:
+        return jnp.concatenate(
+            [p.reshape(p.shape[0] * p.shape[1], *p.shape[2:]) for p in parts]
+        )
+
+    return carry, jax.tree.map(whole, *outs[::order])
+
+
+def over_steps(
+    fun: Callable, params: PyTree, steps: PyTree, axis: int, *, sharded: bool
+) -> PyTree:
+    """Applies ``fun(params, step)`` to the steps of a block, as one batch if it can.
+
+    A gradient that contracts two axes, ``[T, B, D]``, is twice as slow on a CPU as one
+    that contracts ``[T * B, D]``. Params that differ by row forbid it, and so does a
+    batch that lies on several devices.
+    """
+    lead = jax.tree.leaves(steps)[0].shape[:2]
+
+    def flat(leaf: Array) -> Array:
+        return leaf.reshape(lead[0] * lead[1], *leaf.shape[2:])
+
+    def unflat(leaf: Array) -> Array:
+        return leaf.reshape(*lead, *leaf.shape[1:])
+
+    if not sharded:
+        try:
+            return jax.tree.map(unflat, fun(params, jax.tree.map(flat, steps)))
+        except (TypeError, ValueError):
+            pass
+    return jax.vmap(fun, in_axes=(None, axis), out_axes=axis)(params, steps)
+
+
 # Parts of the leaves of a tree, along one axis. What would be computed for negative
 # indices keeps XLA from vectorising on a CPU.
 _INDEX: dict[str, Any] = {"allow_negative_indices": False}

@@ -40,7 +40,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jlstm.cells.wrappers import prepare
 from jlstm.kernels import blocks, library, loops, product, program, scan
 from jlstm.kernels import layout as layouts
-from jlstm.kernels.blocks import Place, time_major
+from jlstm.kernels.blocks import Place, over_steps, time_major
 from jlstm.kernels.graph import Unsuited
 from jlstm.kernels.layout import Kept, Layout, Step, split
 from jlstm.kernels.loops import Loop, Span, Steps
@@ -277,28 +277,6 @@ def _buffers(like: PyTree, time: int, axis: int) -> PyTree:
     return library.memory(buffers) if in_cpp else buffers
 
 
-def _over_steps(fun: Callable, params: PyTree, steps: PyTree, axis: int) -> PyTree:
-    """Applies ``fun(params, step)`` to the steps of a block, as one batch if it can.
-
-    A gradient that contracts two axes, ``[T, B, D]``, is twice as slow on a CPU as one
-    that contracts ``[T * B, D]``. Params that differ by row forbid it.
-    """
-    lead = jax.tree.leaves(steps)[0].shape[:2]
-
-    def flat(leaf: Array) -> Array:
-        return leaf.reshape(lead[0] * lead[1], *leaf.shape[2:])
-
-    def unflat(leaf: Array) -> Array:
-        return leaf.reshape(*lead, *leaf.shape[1:])
-
-    if not may_be_sharded():
-        try:
-            return jax.tree.map(unflat, fun(params, jax.tree.map(flat, steps)))
-        except (TypeError, ValueError):
-            pass
-    return jax.vmap(fun, in_axes=(None, axis), out_axes=axis)(params, steps)
-
-
 # The forward loop.
 
 
@@ -406,7 +384,9 @@ class _Forward:
         else:
             xs = xs if self.axis else time_major(xs)
             project = self.static.cell.project
-            zx = _over_steps(project, self.given.params, xs, self.axis)
+            zx = over_steps(
+                project, self.given.params, xs, self.axis, sharded=may_be_sharded()
+            )
             inputs = (checkpoint_name(zx, "jlstm_zx"),)
         steps = Steps(carry, inputs=inputs, kept=tuple(kept))
         span = Span(time, self.static.reverse, read, read if write is None else write)
@@ -597,7 +577,13 @@ def _parts_vjp(
 
     def parts(smooth_params: PyTree, matrices: list[Array], xs: PyTree) -> tuple:
         inputs = ((xs, *smooth_step), rest)
-        return _over_steps(part, (smooth_params, matrices), inputs, axis)
+        return over_steps(
+            part,
+            (smooth_params, matrices),
+            inputs,
+            axis,
+            sharded=may_be_sharded(),
+        )
 
     def part(differentiated: tuple, inputs: tuple) -> tuple:
         smooth_params, matrices = differentiated

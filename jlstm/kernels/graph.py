@@ -218,7 +218,7 @@ def read(graph: Graph, jaxpr: Any, consts: list, args: list) -> list:
 
     for eqn in live(jaxpr):
         given = [find(atom) for atom in eqn.invars]
-        name, inner = eqn.primitive.name, _inner(eqn)
+        name, inner = eqn.primitive.name, called(eqn)
         if all(isinstance(value, Outer) for value in given):
             made = _same(jaxpr, eqn, given)
         elif inner is not None:
@@ -256,7 +256,7 @@ def common_width(jaxpr: Any, moving: set) -> int:
     # What is but multiplied by weights needs no columns.
     read = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
     for eqn in live(jaxpr):
-        if eqn.primitive.name != "dot_general" and _inner(eqn) is None:
+        if eqn.primitive.name != "dot_general" and called(eqn) is None:
             read.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
     meet([atom for atom in jaxpr.invars if atom in moving and atom in read])
     for eqn in live(jaxpr):
@@ -264,7 +264,7 @@ def common_width(jaxpr: Any, moving: set) -> int:
         if not any(flags):
             continue
         moving.update(eqn.outvars)
-        name, inner = eqn.primitive.name, _inner(eqn)
+        name, inner = eqn.primitive.name, called(eqn)
         # What is cut or joined may be as narrow as one.
         meet(eqn.outvars, 1 if name in ("slice", "split") else 2)
         if name in ("concatenate", "pad"):
@@ -292,7 +292,7 @@ def live(jaxpr: Any) -> list:
     return kept[::-1]
 
 
-def _inner(eqn: Any) -> tuple[Any, list] | None:
+def called(eqn: Any) -> tuple[Any, list] | None:
     """The function that an equation calls, as ``(jaxpr, consts)``."""
     if eqn.primitive.name in ("scan", "while", "cond"):
         return None

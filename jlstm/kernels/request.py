@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -26,6 +26,7 @@ class Request(NamedTuple):
       checkpoint_every: whether a gradient computes steps again.
       sharded: whether the rows of a batch may lie on several devices.
       any_size: whether the batch or the time is a symbol, as in an exported program.
+      inputs: structure, and shapes and dtypes of the leaves, of ``xs``.
     """
 
     platform: str | None = None
@@ -37,6 +38,7 @@ class Request(NamedTuple):
     checkpoint_every: bool = False
     sharded: bool = False
     any_size: bool = False
+    inputs: tuple[Any, tuple] | None = None
 
     def exceeds(self, platform: str) -> str | None:
         """Says why a plain loop for float32 on one platform is not enough.

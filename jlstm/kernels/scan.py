@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
-import jax.numpy as jnp
 
-from jlstm.kernels.blocks import segments, time_major
+from jlstm.kernels.blocks import scan_blocks, time_major
 from jlstm.kernels.request import Request
 from jlstm.types import Array, Cell, PyTree, where_rows, zero_rows
 
@@ -70,33 +67,8 @@ def unroll(
         carry, outs = block(carry, inputs)
     else:
         block = jax.checkpoint(block, prevent_cse=False)
-        carry, outs = _over_blocks(block, carry, inputs, checkpoint_every, reverse)
+        carry, outs = scan_blocks(
+            block, carry, inputs, checkpoint_every, reverse=reverse
+        )
     ys, carries = time_major(outs)
     return ys, carry, carries
-
-
-def _over_blocks(
-    block: Callable, carry: PyTree, inputs: PyTree, size: int, reverse: bool
-) -> tuple[PyTree, PyTree]:
-    """Runs ``block`` as the body of a scan over blocks of ``size`` steps."""
-    order = -1 if reverse else 1
-    time = jax.tree.leaves(inputs)[0].shape[0]
-    outs = []
-    for start, blocks, steps in segments(time, size)[::order]:
-
-        def cut(leaf: Array, window: tuple = (start, blocks, steps)) -> Array:
-            start, blocks, steps = window
-            part = leaf[start : start + blocks * steps]
-            return part.reshape(blocks, steps, *leaf.shape[1:])
-
-        carry, out = jax.lax.scan(
-            block, carry, jax.tree.map(cut, inputs), reverse=reverse
-        )
-        outs.append(out)
-
-    def uncut(*parts: Array) -> Array:
-        return jnp.concatenate(
-            [p.reshape(p.shape[0] * p.shape[1], *p.shape[2:]) for p in parts]
-        )
-
-    return carry, jax.tree.map(uncut, *outs[::order])
