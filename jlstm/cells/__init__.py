@@ -17,11 +17,11 @@ from jlstm.cells.gates import (
     convolve,
     fresh,
     gates,
+    positive,
     row,
     sigmoid,
     tanh,
 )
-from jlstm.cells.gates import add_vector, affine, fresh, gates, positive, row, tanh
 from jlstm.cells.gru import (
     GRU,
     GRUCarry,
@@ -39,9 +39,12 @@ from jlstm.cells.layer_norm import (
     layer_norm_gru_step,
     layer_norm_lstm_step,
 )
+from jlstm.cells.lru import LRU, LRUCarry, LRUParams, lru_step
 from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams, lstm_step
 from jlstm.cells.lstmp import LSTMP, LSTMPCarry, LSTMPParams, lstmp_step
 from jlstm.cells.mgu import MGU, MGUCarry, MGUParams, mgu_reset_after_step, mgu_step
+from jlstm.cells.min_gru import MinGRU, MinGRUCarry, MinGRUParams, min_gru_step
+from jlstm.cells.min_lstm import MinLSTM, MinLSTMCarry, MinLSTMParams, min_lstm_step
 from jlstm.cells.multi_head import (
     MultiHeadGRU,
     MultiHeadGRUParams,
@@ -50,10 +53,6 @@ from jlstm.cells.multi_head import (
     multi_head_gru_step,
     multi_head_lstm_step,
 )
-from jlstm.cells.lru import LRU, LRUCarry, LRUParams, lru_step
-from jlstm.cells.lstm import LSTM, LSTMCarry, LSTMParams, lstm_step
-from jlstm.cells.min_gru import MinGRU, MinGRUCarry, MinGRUParams, min_gru_step
-from jlstm.cells.min_lstm import MinLSTM, MinLSTMCarry, MinLSTMParams, min_lstm_step
 from jlstm.cells.peephole import (
     PeepholeLSTM,
     PeepholeLSTMCarry,
@@ -107,16 +106,16 @@ __all__ = [
     "LayerNormLSTMParams",
     "MGUCarry",
     "MGUParams",
-    "MultiHeadGRU",
-    "MultiHeadGRUParams",
-    "MultiHeadLSTM",
-    "MultiHeadLSTMParams",
     "MinGRU",
     "MinGRUCarry",
     "MinGRUParams",
     "MinLSTM",
     "MinLSTMCarry",
     "MinLSTMParams",
+    "MultiHeadGRU",
+    "MultiHeadGRUParams",
+    "MultiHeadLSTM",
+    "MultiHeadLSTMParams",
     "PeepholeLSTM",
     "PeepholeLSTMCarry",
     "PeepholeLSTMParams",
@@ -147,16 +146,15 @@ __all__ = [
     "inverse_log",
     "layer_norm_gru_step",
     "layer_norm_lstm_step",
+    "lru_step",
     "lstm_step",
     "lstmp_step",
     "mgu_reset_after_step",
     "mgu_step",
-    "multi_head_gru_step",
-    "multi_head_lstm_step",
-    "lru_step",
-    "lstm_step",
     "min_gru_step",
     "min_lstm_step",
+    "multi_head_gru_step",
+    "multi_head_lstm_step",
     "peephole_lstm_step",
     "positive",
     "prepare",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -58,31 +59,45 @@ def hard(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
     h, c = carry
     z = x @ p.w_ih + h @ p.w_hh + p.b
     i, f, g, o = np.split(z, 4, -1)
-    i, f, o = (np.clip(a / 6 + 0.5, 0, 1) for a in (i, f, o))
-    c = f * c + i * (g / (1 + np.abs(g)))
-    h = o * (c / (1 + np.abs(c)))
+    i, f, o = (hard_sigmoid(a) for a in (i, f, o))
+    c = f * c + i * soft_sign(g)
+    h = o * soft_sign(c)
     return (h, c), h
 
 
-def soft(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
-    """A GRU that resets after its product, with other functions."""
+def gru(p: Any, carry: Any, x: np.ndarray, gate: Any, activation: Any) -> Any:
+    """Cho et al. (2014), reset after the product as in cuDNN."""
     (h,) = carry
     x_r, x_z, x_n = np.split(x @ p.w_ih + p.b, 3, -1)
     h_r, h_z, h_n = np.split(h @ p.w_hh, 3, -1)
-    r, z = (np.clip(a / 6 + 0.5, 0, 1) for a in (x_r + h_r, x_z + h_z))
-    n = x_n + r * (h_n + p.b_hh)
-    n = n / (1 + np.abs(n))
+    r, z = gate(x_r + h_r), gate(x_z + h_z)
+    n = activation(x_n + r * (h_n + p.b_hh))
     h = (1 - z) * n + z * h
     return (h,), h
 
 
+def hard_sigmoid(x: np.ndarray) -> np.ndarray:
+    """Of Keras."""
+    return np.clip(x / 6 + 0.5, 0, 1)
+
+
+def soft_sign(x: np.ndarray) -> np.ndarray:
+    """Turian et al. (2009)."""
+    return x / (1 + np.abs(x))
+
+
+SOFT = functools.partial(gru, gate=hard_sigmoid, activation=soft_sign)
+PLAIN = functools.partial(gru, gate=sigmoid, activation=np.tanh)
+
 CASES = [
+    Case(LSTM, loop(lstm), "Gers 2000"),
+    Case(jlstm.GRU(3), loop(PLAIN), "Cho 2014"),
     Case(
         jlstm.LSTM(4, 1.0, jax.nn.soft_sign, jax.nn.hard_sigmoid), loop(hard), "Keras 2"
     ),
     Case(
         jlstm.GRU(3, activation=jax.nn.soft_sign, gate_activation=jax.nn.hard_sigmoid),
-        loop(soft),
+        loop(SOFT),
         "Cho 2014",
     ),
     Case(jlstm.Zoneout(LSTM, h=0.3, c=0.6), loop(zoneout), "Krueger 2017"),
