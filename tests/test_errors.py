@@ -31,6 +31,8 @@ CONV_PARAMS = CONV.init(KEY, XS)
 STACK = jlstm.stack(EMBED, jlstm.bidirectional(LSTM))
 BOTH = STACK.init(KEY, TOKENS)
 MODEL = jlstm.LanguageModel(jlstm.RNN(LSTM), 7, 3)
+ANSWER = jlstm.Classifier(jlstm.RNN(LSTM), num_classes=1)
+ANSWER_PARAMS = ANSWER.init(KEY, XS)
 LENGTHS = jnp.array([5, 2])
 
 
@@ -504,6 +506,11 @@ MISTAKES = {
         lambda: jlstm.LSTM(4, activation=cast(Any, "relu")),
         TypeError,
         "LSTM.activation: must be a function, got 'relu'; give jax.nn.relu",
+    ),
+    "a step of what answers once a sequence": Mistake(
+        lambda: jlstm.step(ANSWER, ANSWER_PARAMS, None, XS[:, 0]),
+        ValueError,
+        "step: needs a layer of one output a step, got Classifier(...), which ...",
     ),
     "an impossible time": Mistake(
         lambda: jlstm.init.Chrono(2), ValueError, "Chrono.max_time: must be >= 3, got 2"

@@ -504,7 +504,7 @@ def step(
 
     Raises:
       TypeError: a cell in the place of a layer.
-      ValueError: the layer is not causal.
+      ValueError: the layer is not causal, or gives one answer a sequence.
 
     Example:
       >>> layer = jlstm.stack(jlstm.RNN(jlstm.LSTM(8)), jlstm.Dense(2))
@@ -520,10 +520,36 @@ def step(
             "step",
             f"needs a causal layer, got {layer!r}, whose outputs need the future",
         )
+    _check_answers(layer, params, x)
     xs = jax.tree.map(lambda leaf: leaf[:, None], x)
     resets = None if reset is None else reset[:, None]
     ys, carry = layer.apply(params, xs, carry, resets=resets, key=key)
     return carry, jax.tree.map(lambda leaf: leaf[:, 0], ys)
+
+
+# Layers that were found to give an output a step, with the types of their inputs.
+_stepwise: set[Any] = set()
+
+
+def _check_answers(layer: Layer, params: PyTree, x: PyTree) -> None:
+    """Refuses a layer that gives one answer a sequence, such as a ``Classifier``."""
+    key = layer, door.inputs_of(x)
+    if key in _stepwise:
+        return
+    steps = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(
+            (a.shape[0], 2, *a.shape[1:]), jnp.result_type(a)
+        ),
+        x,
+    )
+    ys, _ = jax.eval_shape(layer.apply, params, steps)
+    if any(leaf.ndim < 2 or leaf.shape[1] != 2 for leaf in jax.tree.leaves(ys)):
+        raise door.error(
+            "step",
+            f"needs a layer of one output a step, got {layer!r}, which answers once a "
+            "sequence; step what it is built on",
+        )
+    _stepwise.add(key)
 
 
 def with_implementation(layer: Any, implementation: str | None) -> Any:
