@@ -114,13 +114,16 @@ def note(cell: Cell, request: Request, xs: PyTree = None) -> str:
     else:
         if not (reasons := _refused.get()):
             return "its steps in C++"
-        return f"its products in C++, the rest of its steps in XLA: {reasons[0]}"
+        where = "steps in XLA"
+        if any(products for _, products in reasons):
+            where = "products in C++, the rest of its steps in XLA"
+        return f"its {where}: {reasons[0][0]}"
     finally:
         _refused.reset(token)
 
 
-# Why steps that were traced are no programs.
-_refused: ContextVar[list[str]] = ContextVar("refused")
+# Why steps that were traced are no programs, and whether their products are in C++.
+_refused: ContextVar[list[tuple[str, bool]]] = ContextVar("refused")
 
 
 class Sequence(NamedTuple):
@@ -251,8 +254,9 @@ def _bind(
     loop = _in_cpp(step, fixed, example)
     if not isinstance(loop, str):
         return loop
-    _refused.get([]).append(loop)
     run = product.with_weights(step, fixed, *example)
+    # One without products of its own is as it was.
+    _refused.get([]).append((loop, not isinstance(run, partial)))
     return loops.Scan(run, ahead=ahead and jax.default_backend() == "cpu")
 
 

@@ -61,7 +61,7 @@ def with_weights(fun: Callable, params: PyTree, *args: PyTree) -> Callable:
                 return out.unflatten(_evaluate(closed, products, given))
 
             return run
-    return lambda *args: fun(params, *args)
+    return partial(fun, params)
 
 
 CONTRACTIONS = {(((1,), (0,)), ((), ())): False, (((1,), (1,)), ((), ())): True}
