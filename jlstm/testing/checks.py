@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 
-from jlstm.door import able, unroll
+from jlstm.door import able, inputs_of, unroll
 from jlstm.kernels import Request
 from jlstm.layers.compose import is_causal, stack
 from jlstm.testing import laws, mistakes
@@ -55,10 +55,11 @@ def check_cell(
     """
     mistakes.check_is_cell(cell)
     gated(cell)  # refuses a half-defined form
-    if implementations is None:
-        implementations = tuple(able(cell, Request(dtypes=frozenset({"float64"}))))
     with jax.enable_x64(True):
         case = laws.cell_case(cell, x, params)
+        if implementations is None:
+            dtypes, inputs = frozenset({"float64"}), inputs_of(case.xs)
+            implementations = tuple(able(cell, Request(dtypes=dtypes, inputs=inputs)))
         rows_in_params = take_rows is not None
         mistakes.check_cell_results(cell, case, rows_in_params=rows_in_params)
         laws.check_config(cell)
