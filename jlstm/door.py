@@ -88,8 +88,9 @@ def unroll(
       checkpoint_every: a gradient stores the carry once in so many steps, and computes
         the steps between again: less memory for some time. ``"sqrt"`` means the square
         root of T, the least memory; ``None`` stores every step.
-      implementation: ``"native"``, ``"fused"``, ``"cudnn"``, ``"scan"`` or
-        ``"associative"``; ``None`` chooses (see :func:`explain`).
+      implementation: ``"native"``, ``"chunkwise"``, ``"fused"``, ``"cudnn"``,
+        ``"scan"``, ``"associative"`` or ``"parallel"``; ``None`` chooses (see
+        :func:`explain`).
 
     Returns:
       ``(ys, carry)``: outputs ``[B, T, H]``; the carry after the last valid step, of a

@@ -333,3 +333,16 @@ def check_activations(config: Any, *names: str, optional: bool = False) -> None:
                 f"{' or None' * optional}, got {given!r}; give "
                 f"jax.nn.{given if known else 'relu, say'}"
             )
+
+
+def check_divides(config: Any, part: str, whole: str) -> None:
+    """Refuses a number of parts that does not divide a size.
+
+    Raises:
+      ValueError: naming the config, the field and the value.
+    """
+    size, count = getattr(config, whole), getattr(config, part)
+    if size % count:
+        raise ValueError(
+            f"{type(config).__name__}.{part}: must divide {whole}={size}, got {count}"
+        )

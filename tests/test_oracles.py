@@ -23,6 +23,9 @@ SHAPES = (
     jlstm.LRU,
     jlstm.Zoneout,
 )
+from tests.oracles import errors, extended, gated, linear
+
+CASES = [*gated.CASES, *linear.CASES, *extended.CASES]
 # Of a slope against central differences of the oracle.
 SLOPE = {"float64": 1e-8, "float32": 1e-4}
 

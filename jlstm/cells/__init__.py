@@ -53,6 +53,7 @@ from jlstm.cells.multi_head import (
     multi_head_gru_step,
     multi_head_lstm_step,
 )
+from jlstm.cells.mlstm import MLSTM, MLSTMCarry, MLSTMParams, mlstm_step
 from jlstm.cells.peephole import (
     PeepholeLSTM,
     PeepholeLSTMCarry,
@@ -68,6 +69,8 @@ from jlstm.cells.time_lstm import (
     time_lstm_step,
 )
 from jlstm.cells.wrappers import Precision, Wrapper, prepare
+from jlstm.cells.slstm import SLSTM, SLSTMCarry, SLSTMParams, slstm_step
+from jlstm.cells.wrappers import Precision, prepare
 
 __all__ = [
     "CIFG",
@@ -83,6 +86,8 @@ __all__ = [
     "ConvLSTM",
     "ConvLSTMParams",
     "DropConnect",
+    "MLSTM",
+    "SLSTM",
     "Elman",
     "ElmanCarry",
     "ElmanParams",
@@ -106,6 +111,8 @@ __all__ = [
     "LayerNormLSTMParams",
     "MGUCarry",
     "MGUParams",
+    "MLSTMCarry",
+    "MLSTMParams",
     "MinGRU",
     "MinGRUCarry",
     "MinGRUParams",
@@ -130,6 +137,8 @@ __all__ = [
     "Wrapper",
     "Zoneout",
     "activate",
+    "SLSTMCarry",
+    "SLSTMParams",
     "add_vector",
     "affine",
     "cifg_step",
@@ -155,11 +164,13 @@ __all__ = [
     "min_lstm_step",
     "multi_head_gru_step",
     "multi_head_lstm_step",
+    "mlstm_step",
     "peephole_lstm_step",
     "positive",
     "prepare",
     "row",
     "sigmoid",
+    "slstm_step",
     "tanh",
     "time_lstm_step",
 ]

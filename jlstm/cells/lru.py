@@ -39,7 +39,7 @@ class LRUCarry(NamedTuple):
 
 
 def lru_eigenvalues(params: LRUParams) -> tuple[Array, Array]:
-    """Computes the eigenvalues ``[S]``, in float32 at least: close to a circle."""
+    """Computes the eigenvalues ``[S]``, in float32 at least: most are close to 1."""
     if params.re is not None and params.im is not None:
         return params.re, params.im
     dtype = common_dtype(params.nu_log.dtype, jnp.float32)

@@ -1,0 +1,237 @@
+"""The mLSTM: a matrix memory of keys and values, without a recurrent product."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jlstm import init as initialisers
+from jlstm.cells.gates import affine, gates
+from jlstm.types import (
+    Array,
+    Initializer,
+    check_divides,
+    check_positive,
+    config,
+    float_dtype,
+)
+
+# The logarithm of the weight of what has not been seen; a finite one, since a masked
+# step holds it.
+NOTHING = -1e4
+
+
+@struct.dataclass
+class MLSTMParams:
+    """Weights of an mLSTM of N heads; parts in the order q, k, v, o, i, f."""
+
+    w_ih: Array  # [D, G], G = 2NK + 2H + 2N
+    b: Array  # [G]
+
+
+class MLSTMCarry(NamedTuple):
+    """Carry of an mLSTM of N heads, keys of size K and values of size H/N."""
+
+    c: Array  # [..., N, K, H/N], the memory
+    n: Array  # [..., N, K], the sum of the keys in it
+    m: Array  # [..., N], by whose exponential c and n are divided
+
+
+class MLSTMGates(NamedTuple):
+    """What an input says, head by head."""
+
+    q: Array  # [..., N, K]
+    k: Array  # [..., N, K]
+    v: Array  # [..., N, H/N]
+    o: Array  # [..., H]
+    log_i: Array  # [..., N]
+    log_f: Array  # [..., N]
+
+
+def mlstm_project(params: MLSTMParams, x: Array) -> Array:
+    """Computes the pre-activations, ``[..., G]``."""
+    return affine(x, params.w_ih, params.b)
+
+
+def mlstm_mix(params: MLSTMParams, carry: MLSTMCarry, zx: Array) -> tuple:
+    """Has no recurrent product."""
+    del params, carry, zx
+    return ()
+
+
+def mlstm_gates(
+    zx: Array, like: tuple[int, ...], exp_forget: bool = False
+) -> MLSTMGates:
+    """Cuts pre-activations ``zx [..., G]`` into parts, for ``(N, K, H/N)``."""
+    count, key, value = like
+    ends = np.cumsum([count * key] * 2 + [count * value] * 2 + [count])
+    z_q, z_k, z_v, z_o, log_i, z_f = jnp.split(zx, ends, axis=-1)
+    q, k, v = (z.reshape(*z.shape[:-1], count, -1) for z in (z_q, z_k, z_v))
+    (o,) = gates(z_o, "s")
+    log_f = z_f if exp_forget else -jax.nn.softplus(-z_f)
+    return MLSTMGates(q, k / math.sqrt(key), v, o, log_i, log_f)
+
+
+def mlstm_read(o: Array, values: Array, weight: Array, m: Array) -> Array:
+    """Normalises what a query has read, ``[..., H]``.
+
+    Args:
+      o: the output gate, ``[..., H]``.
+      values: ``q C e^-m``, ``[..., N, H/N]``.
+      weight: ``q . n e^-m``, ``[..., N]``.
+      m: ``[..., N]``.
+    """
+    # Both sides of the fraction times e^m where m < 0, so that nothing overflows.
+    scale, least = jnp.exp(jnp.minimum(m, 0)), jnp.exp(-jnp.maximum(m, 0))
+    info = jnp.finfo(m.dtype)  # a query of zeros reads zeros, and so does its gradient
+    least = jnp.maximum(least, min(float(info.tiny) ** 0.5, float(info.eps) ** 2))
+    weight = jnp.maximum(jnp.abs(weight) * scale, least)
+    return o * (values * (scale / weight)[..., None]).reshape(o.shape)
+
+
+def mlstm_update(
+    params: MLSTMParams,
+    carry: MLSTMCarry,
+    zx: Array,
+    zh: tuple = (),
+    exp_forget: bool = False,
+) -> tuple[MLSTMCarry, Array]:
+    """Writes to the memory, and reads from it."""
+    del params, zh
+    q, k, v, o, log_i, log_f = mlstm_gates(zx, carry.c.shape[-3:], exp_forget)
+    kept = log_f + carry.m
+    m = jnp.maximum(kept, log_i)
+    i, f = jnp.exp(log_i - m)[..., None], jnp.exp(kept - m)[..., None]
+    c = f[..., None] * carry.c + (i * k)[..., None] * v[..., None, :]
+    n = f * carry.n + i * k
+    values, weight = (q[..., None] * c).sum(-2), (q * n).sum(-1)
+    return MLSTMCarry(c, n, m), mlstm_read(o, values, weight, m)
+
+
+def mlstm_step(
+    params: MLSTMParams, carry: MLSTMCarry, x: Array, exp_forget: bool = False
+) -> tuple[MLSTMCarry, Array]:
+    r"""Advances an mLSTM by one time step.
+
+    .. math::
+        q, v, \tilde o, \tilde i, \tilde f &= x W + b, \qquad
+        k = (x W_k + b_k) / \sqrt K \\
+        i &= e^{\tilde i}, \qquad f = \sigma(\tilde f) \text{ or } e^{\tilde f} \\
+        C' &= f C + i \, k^\top v, \qquad n' = f n + i \, k \\
+        y &= \sigma(\tilde o) \odot \frac{q C'}{\max(|q \cdot n'|, 1)}
+
+    for each head. The carry has :math:`e^{-m} C` and :math:`e^{-m} n`, with
+
+    .. math::
+        m' = \max(\log f + m, \tilde i)
+
+    so that no exponential overflows.
+
+    Args:
+      params: ``w_ih [D, G]`` and ``b [G]``.
+      carry: ``c [..., N, K, H/N]``, ``n [..., N, K]`` and ``m [..., N]``.
+      x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+      exp_forget: makes the forget gate an exponential, not a sigmoid.
+
+    Returns:
+      The new carry, and the output ``[..., H]``.
+
+    Example:
+      >>> cell, x = jlstm.MLSTM(8, num_heads=2), jnp.ones((2, 3))
+      >>> params = cell.init(jax.random.key(0), x)
+      >>> carry, y = cell.step(params, cell.init_carry(params, (2,)), x)
+      >>> y.shape, carry.c.shape
+      ((2, 8), (2, 2, 4, 4))
+
+    References:
+      Beck et al., xLSTM: extended long short-term memory, 2024.
+    """
+    zx = mlstm_project(params, x)
+    return mlstm_update(params, carry, zx, exp_forget=exp_forget)
+
+
+@config
+class MLSTM:
+    """An mLSTM; see :func:`jlstm.cells.mlstm_step` for the formula.
+
+    Attributes:
+      hidden_size: ``H``.
+      num_heads: ``N``, memories apart.
+      key_size: ``K``, of the keys and queries of a head; ``H/N`` if ``None``.
+      exp_forget: makes the forget gate an exponential, not a sigmoid.
+      forget_bias: added to the forget gate's bias at init.
+      w_ih_init: initialiser of ``w_ih``, part by part.
+      b_init: initialiser of the biases, before ``forget_bias``.
+
+    Example:
+      >>> layer = jlstm.RNN(jlstm.MLSTM(8, num_heads=2))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), xs), xs)
+      >>> ys.shape
+      (2, 5, 8)
+    """
+
+    hidden_size: int
+    num_heads: int = 1
+    key_size: int | None = None
+    exp_forget: bool = False
+    forget_bias: float = 1.0
+    w_ih_init: Initializer = initialisers.glorot_uniform
+    b_init: Initializer = initialisers.zeros
+
+    project = staticmethod(mlstm_project)
+    mix = staticmethod(mlstm_mix)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden_size", "num_heads")
+        check_divides(self, "num_heads", "hidden_size")
+        if self.key_size is not None:
+            check_positive(self, "key_size")
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        value = self.hidden_size // self.num_heads
+        return self.num_heads, self.key_size or value, value
+
+    def update(
+        self, params: MLSTMParams, carry: MLSTMCarry, zx: Array, zh: tuple
+    ) -> tuple[MLSTMCarry, Array]:
+        """Writes to the memory, and reads from it."""
+        return mlstm_update(params, carry, zx, zh, self.exp_forget)
+
+    def step(
+        self, params: MLSTMParams, carry: MLSTMCarry, x: Array
+    ) -> tuple[MLSTMCarry, Array]:
+        """Advances one step."""
+        return mlstm_step(params, carry, x, self.exp_forget)
+
+    def init(self, key: Array, x: Array) -> MLSTMParams:
+        """Makes params for inputs like ``x [..., D]``."""
+        keys, dtype = jax.random.split(key, 12), float_dtype(x)
+        count, size, _ = self._sizes
+        parts = [count * size] * 2 + [self.hidden_size] * 2 + [count] * 2
+        w = [
+            self.w_ih_init(k, (x.shape[-1], part), dtype)
+            for k, part in zip(keys[:6], parts, strict=True)
+        ]
+        b = [
+            self.b_init(k, (part,), dtype)
+            for k, part in zip(keys[6:], parts, strict=True)
+        ]
+        b[-1] += jnp.asarray(self.forget_bias, dtype)
+        return MLSTMParams(jnp.concatenate(w, axis=-1), jnp.concatenate(b))
+
+    def init_carry(
+        self, params: MLSTMParams, batch_shape: tuple[int, ...]
+    ) -> MLSTMCarry:
+        """Makes the fresh carry: zeros that weigh nothing."""
+        sizes, dtype = self._sizes, params.b.dtype
+        c, n, m = (
+            jnp.zeros((*batch_shape, *sizes[:axes]), dtype) for axes in (3, 2, 1)
+        )
+        return MLSTMCarry(c, n, m + NOTHING)

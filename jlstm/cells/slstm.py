@@ -1,0 +1,188 @@
+"""The sLSTM: exponential gates, a normaliser, and heads that mix apart."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jlstm import init as initialisers
+from jlstm.cells.gates import affine, fresh, gates
+from jlstm.init import per_gate
+from jlstm.types import (
+    Array,
+    Initializer,
+    check_divides,
+    check_positive,
+    config,
+    float_dtype,
+)
+
+
+@struct.dataclass
+class SLSTMParams:
+    """Weights of an sLSTM of N heads; gates in the order i, f, z, o."""
+
+    w_ih: Array  # [D, 4H]
+    w_hh: Array  # [N, H/N, 4H/N]
+    b: Array  # [4H]
+
+
+class SLSTMCarry(NamedTuple):
+    """Carry of an sLSTM; where ``n`` is 0, nothing has been seen."""
+
+    h: Array  # [..., H]
+    c: Array  # [..., H]
+    n: Array  # [..., H], the sum of the weights that c has
+    m: Array  # [..., H], by whose exponential c and n are divided
+
+
+def slstm_project(params: SLSTMParams, x: Array) -> Array:
+    """Computes the part of the pre-activations that depends on ``x`` alone."""
+    return affine(x, params.w_ih, params.b)
+
+
+def slstm_mix(params: SLSTMParams, carry: SLSTMCarry, zx: Array) -> Array:
+    """Computes the recurrent product, head by head, ``[..., 4H]``."""
+    del zx
+    heads = jnp.split(carry.h, params.w_hh.shape[0], axis=-1)
+    # One product a head: a block-diagonal one would multiply zeros.
+    made = [
+        jnp.split(h @ w, 4, axis=-1) for h, w in zip(heads, params.w_hh, strict=True)
+    ]
+    return jnp.concatenate([head[gate] for gate in range(4) for head in made], axis=-1)
+
+
+def slstm_update(
+    params: SLSTMParams,
+    carry: SLSTMCarry,
+    zx: Array,
+    zh: Array,
+    exp_forget: bool = False,
+) -> tuple[SLSTMCarry, Array]:
+    """Applies the gates to the pre-activations ``zx + zh``, ``[..., 4H]``."""
+    del params
+    log_i, z_f, z_z, z_o = jnp.split(zx + zh, 4, axis=-1)
+    z, o = gates(jnp.concatenate([z_z, z_o], axis=-1), "ts")
+    log_f = z_f if exp_forget else -jax.nn.softplus(-z_f)
+    # Of nothing, m says nothing; else a large one would hide the first input.
+    kept = jnp.where(carry.n == 0, log_i, log_f + carry.m)
+    m = jnp.maximum(kept, log_i)
+    i, f = jnp.exp(log_i - m), jnp.exp(kept - m)
+    c, n = f * carry.c + i * z, f * carry.n + i
+    h = o * (c / n)
+    return SLSTMCarry(h, c, n, m), h
+
+
+def slstm_step(
+    params: SLSTMParams, carry: SLSTMCarry, x: Array, exp_forget: bool = False
+) -> tuple[SLSTMCarry, Array]:
+    r"""Advances an sLSTM by one time step.
+
+    .. math::
+        \tilde i, \tilde f, \tilde z, \tilde o &= x W_{ih} + h W_{hh} + b \\
+        i &= e^{\tilde i}, \qquad f = \sigma(\tilde f) \text{ or } e^{\tilde f} \\
+        c' &= f \odot c + i \odot \tanh(\tilde z), \qquad n' = f \odot n + i \\
+        h' &= \sigma(\tilde o) \odot c' / n'
+
+    where :math:`W_{hh}` is block-diagonal, a block a head. The carry has
+    :math:`e^{-m} c` and :math:`e^{-m} n`, with
+
+    .. math::
+        m' = \max(\log f + m, \tilde i)
+
+    so that no exponential overflows; before the first step :math:`m' = \tilde i`.
+
+    Args:
+      params: ``w_ih [D, 4H]``, ``w_hh [N, H/N, 4H/N]``, ``b [4H]``.
+      carry: ``h``, ``c``, ``n`` and ``m`` of the step before, ``[..., H]`` each.
+      x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+      exp_forget: makes the forget gate an exponential, not a sigmoid.
+
+    Returns:
+      The new carry, and the output ``[..., H]``, which is the new ``h``.
+
+    Example:
+      >>> cell, x = jlstm.SLSTM(8, num_heads=2), jnp.ones((2, 3))
+      >>> params = cell.init(jax.random.key(0), x)
+      >>> carry, y = cell.step(params, cell.init_carry(params, (2,)), x)
+      >>> y.shape
+      (2, 8)
+
+    References:
+      Beck et al., xLSTM: extended long short-term memory, 2024.
+    """
+    zx = slstm_project(params, x)
+    return slstm_update(params, carry, zx, slstm_mix(params, carry, zx), exp_forget)
+
+
+@config
+class SLSTM:
+    """An sLSTM; see :func:`jlstm.cells.slstm_step` for the formula.
+
+    Attributes:
+      hidden_size: ``H``.
+      num_heads: ``N``, parts of ``h`` between which nothing is mixed.
+      exp_forget: makes the forget gate an exponential, not a sigmoid.
+      forget_bias: added to the forget gate's bias at init.
+      w_ih_init: initialiser of ``w_ih``, gate by gate.
+      w_hh_init: initialiser of ``w_hh``, head by head and gate by gate.
+      b_init: initialiser of the biases, before ``forget_bias``.
+
+    Example:
+      >>> layer = jlstm.RNN(jlstm.SLSTM(8, num_heads=2))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), xs), xs)
+      >>> ys.shape, carry.m.shape
+      ((2, 5, 8), (2, 8))
+    """
+
+    hidden_size: int
+    num_heads: int = 1
+    exp_forget: bool = False
+    forget_bias: float = 1.0
+    w_ih_init: Initializer = initialisers.glorot_uniform
+    w_hh_init: Initializer = initialisers.orthogonal
+    b_init: Initializer = initialisers.zeros
+
+    project = staticmethod(slstm_project)
+    mix = staticmethod(slstm_mix)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden_size", "num_heads")
+        check_divides(self, "num_heads", "hidden_size")
+
+    def update(
+        self, params: SLSTMParams, carry: SLSTMCarry, zx: Array, zh: Array
+    ) -> tuple[SLSTMCarry, Array]:
+        """Applies the gates."""
+        return slstm_update(params, carry, zx, zh, self.exp_forget)
+
+    def step(
+        self, params: SLSTMParams, carry: SLSTMCarry, x: Array
+    ) -> tuple[SLSTMCarry, Array]:
+        """Advances one step."""
+        return slstm_step(params, carry, x, self.exp_forget)
+
+    def init(self, key: Array, x: Array) -> SLSTMParams:
+        """Makes params for inputs like ``x [..., D]``."""
+        keys = jax.random.split(key, 2 + self.num_heads)
+        size, dtype = self.hidden_size, float_dtype(x)
+        head = (size // self.num_heads,) * 2
+        blocks = [per_gate(self.w_hh_init, k, 4, head, dtype) for k in keys[2:]]
+        b = per_gate(self.b_init, keys[1], 4, (size,), dtype)
+        return SLSTMParams(
+            w_ih=per_gate(self.w_ih_init, keys[0], 4, (x.shape[-1], size), dtype),
+            w_hh=jnp.stack(blocks),
+            b=b.at[size : 2 * size].add(jnp.asarray(self.forget_bias, dtype)),
+        )
+
+    def init_carry(
+        self, params: SLSTMParams, batch_shape: tuple[int, ...]
+    ) -> SLSTMCarry:
+        """Makes the fresh carry, ``[*batch_shape, H]`` each."""
+        size = self.hidden_size
+        h, c, n, m = (fresh(None, size, batch_shape, params.b) for _ in range(4))
+        return SLSTMCarry(h, c, n, m)
