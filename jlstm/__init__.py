@@ -3,6 +3,10 @@
 from typing import TYPE_CHECKING
 
 from jlstm import cells, data, decode, export, init, testing, train
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jlstm import cells, data, decode, init, testing, train
 from jlstm.cells import (
     CIFG,
     GRU,
@@ -104,6 +108,13 @@ else:
             from importlib import import_module
 
             return import_module("jlstm.flax")
+    from jlstm import convert
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Loads ``jlstm.convert`` where it is used, for a quick import."""
+        if name == "convert":
+            return importlib.import_module("jlstm.convert")
         raise AttributeError(f"module 'jlstm' has no attribute {name!r}")
 
 
@@ -179,6 +190,7 @@ __all__ = [
     "bidirectional",
     "cells",
     "config",
+    "convert",
     "data",
     "decode",
     "elman_step",

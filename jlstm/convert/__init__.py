@@ -1,0 +1,51 @@
+"""Weights of other libraries in and out: exact, or refused by name.
+
+Each pair of functions has one shape::
+
+    layer, params = from_torch(weights)         # the layer is made from the weights
+    layer, params = from_torch(weights, layer)  # or they must fit one of yours
+    weights = to_torch(layer, params)
+
+================= =============================== ==================================
+functions         weights                         of
+================= =============================== ==================================
+``from_torch``    a ``state_dict``                ``nn.LSTM``, ``GRU``, ``RNN``
+``from_keras``    ``get_weights()``, or by path   ``LSTM``, ``GRU``, ``SimpleRNN``,
+                                                  ``Bidirectional``, stacked cells
+``from_linen``    variables                       ``nn.RNN``, ``nn.Bidirectional``
+``from_nnx``      ``nnx.state(module)``           ``nnx.RNN``, ``nnx.Bidirectional``
+``from_haiku``    params of ``hk.transform``      ``hk.LSTM``, ``GRU``, ``VanillaRNN``
+``from_equinox``  a cell, or a dict of its arrays ``LSTMCell``, ``GRUCell``
+``from_jax_rnn``  a vector                        ``jax.experimental.rnn.lstm``
+================= =============================== ==================================
+
+No library needs to be installed: weights are dicts and lists of arrays, in and out, and
+dtypes are kept. Of a larger model, ``prefix=`` chooses the part. Where a library holds
+one bias and ours two, they are added; a learned fresh carry, which none has, is
+refused unless it is zero.
+"""
+
+from jlstm.convert.equinox import from_equinox, to_equinox
+from jlstm.convert.haiku import from_haiku, to_haiku
+from jlstm.convert.jax_rnn import from_jax_rnn, to_jax_rnn
+from jlstm.convert.keras import from_keras, to_keras
+from jlstm.convert.linen import from_linen, to_linen
+from jlstm.convert.nnx import from_nnx, to_nnx
+from jlstm.convert.torch import from_torch, to_torch
+
+__all__ = [
+    "from_equinox",
+    "from_haiku",
+    "from_jax_rnn",
+    "from_keras",
+    "from_linen",
+    "from_nnx",
+    "from_torch",
+    "to_equinox",
+    "to_haiku",
+    "to_jax_rnn",
+    "to_keras",
+    "to_linen",
+    "to_nnx",
+    "to_torch",
+]

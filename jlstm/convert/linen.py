@@ -1,0 +1,215 @@
+"""Flax Linen: ``nn.RNN`` and ``nn.Bidirectional`` of cells, ``nn.Sequential`` of them.
+
+Each gate has kernels of its own, ``ii``, ``if``, ``ig``, ``io`` of inputs and ``hi``,
+``hf``, ``hg``, ``ho`` of the carry.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jlstm.cells import GRU, LSTM, Elman
+from jlstm.convert.cells import Weights, emits, fold
+from jlstm.convert.parts import Part, Peer, Place, read_layer, write_layer
+from jlstm.convert.tensors import Leaves, Tensors, flatten, nest, text
+from jlstm.types import PyTree
+
+SIDES = ("forward_rnn/cell/", "backward_rnn/cell/")
+# The kernels of each gate in our order, of inputs and of the carry, and which of them
+# have a bias; the last one's, of the carry, is inside r * (.) of a GRU.
+KERNELS: dict[Any, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    LSTM: (
+        ("ii", "if", "ig", "io"),
+        ("hi", "hf", "hg", "ho"),
+        ("hi", "hf", "hg", "ho"),
+    ),
+    GRU: (("ir", "iz", "in"), ("hr", "hz", "hn"), ("ir", "iz", "in", "hn")),
+    Elman: (("i",), ("h",), ("i",)),
+}
+
+
+def from_linen(
+    variables: Mapping[str, Any], layer: Any = None, *, prefix: str = ""
+) -> tuple[Any, PyTree]:
+    """Converts the variables of ``nn.RNN`` or ``nn.Bidirectional``, or of a cell.
+
+    In a ``nn.compact`` method the parameters of ``nn.RNN(nn.LSTMCell(8))`` are those of
+    a cell, such as ``LSTMCell_0``: give ``prefix="LSTMCell_0/"``, and convert the two
+    directions of a ``nn.Bidirectional`` by two calls.
+
+    Args:
+      variables: of ``init``, with ``"params"`` or without.
+      layer: the layer to fill. Without one it is made from the variables, which do not
+        tell activations or how directions are merged: tanh and ``"concat"`` are taken.
+      prefix: of the path, such as ``"encoder/rnn/"``; other paths are left alone.
+
+    Returns:
+      ``(layer, params)``.
+
+    Raises:
+      ValueError: a tensor is missing, left over or of another shape, or Linen has no
+        such layer.
+
+    Example:
+      >>> from flax import linen
+      >>> module, xs = linen.RNN(linen.LSTMCell(8)), jnp.ones((2, 5, 3))
+      >>> variables = module.init(jax.random.key(0), xs)
+      >>> layer, params = jlstm.convert.from_linen(variables)
+      >>> layer, params.w_hh.shape
+      (RNN(LSTM(8)), (8, 32))
+    """
+    tree = variables
+    if isinstance(tree, Mapping):
+        tree = tree.get("params", tree)
+    tensors = Tensors("from_linen", flatten("from_linen", tree, "/"), prefix, "/")
+    return read_layer(_PEER, tensors, layer, _find(tensors), _name)
+
+
+def to_linen(layer: Any, params: PyTree, *, prefix: str = "") -> dict[str, Any]:
+    """Converts params to the variables of ``nn.RNN`` or ``nn.Bidirectional``.
+
+    Args:
+      layer: ``RNN`` or ``bidirectional``; a stack gives the variables of
+        ``nn.Sequential``, a cell those of Linen's cell.
+      params: its params.
+      prefix: of the path, such as ``"LSTMCell_0/"`` for a cell.
+
+    Returns:
+      ``{"params": ...}``, with NumPy arrays.
+
+    Raises:
+      ValueError: Linen has no place for the layer.
+
+    Example:
+      >>> layer, xs = jlstm.RNN(jlstm.Elman(8)), jnp.ones((2, 5, 3))
+      >>> params = layer.init(jax.random.key(0), xs)
+      >>> jax.tree.map(jnp.shape, jlstm.convert.to_linen(layer, params))["params"]
+      {'cell': {'h': {'kernel': (8, 8)}, 'i': {'bias': (8,), 'kernel': (3, 8)}}}
+    """
+    arrays = write_layer(_PEER, "to_linen", layer, params, _name)
+    return {"params": nest({prefix + name: a for name, a in arrays.items()}, "/")}
+
+
+def _name(place: Place, leaf: str) -> str:
+    path = f"layers_{place.number}/" if place.stacked else ""
+    if not place.bare:
+        path += "cell/" if place.directions == 1 else SIDES[place.direction]
+    return path + leaf
+
+
+def _find(tensors: Tensors) -> list[Place]:
+    """Tells layers and directions from the paths."""
+    return find_places(tensors, r"layers_(\d+)/", "cell/", SIDES)
+
+
+def find_places(
+    tensors: Tensors, numbered: str, single: str, sides: tuple[str, str]
+) -> list[Place]:
+    """Tells layers and directions from the beginnings of names.
+
+    Args:
+      tensors: by name.
+      numbered: a pattern of a layer of a stack, whose group is its number.
+      single: what a cell's names begin with in a layer of one direction.
+      sides: the same in a layer of two, forward first.
+    """
+    names: dict[int | None, list[str]] = {}
+    for name in tensors:
+        match = re.match(numbered, name)
+        number, rest = (int(match[1]), name[match.end() :]) if match else (None, name)
+        names.setdefault(number, []).append(rest)
+    numbers = sorted(number for number in names if number is not None) or [None]
+    places = []
+    for level, number in enumerate(numbers):
+        directions = 1 + any(name.startswith(sides) for name in names[number])
+        bare = not any(name.startswith((single, *sides)) for name in names[number])
+        places += [
+            Place(level, number or 0, direction, directions, number is not None, bare)
+            for direction in range(directions)
+        ]
+    return places
+
+
+def _why_not(cell: Any) -> str | None:
+    if type(cell) not in KERNELS:
+        return "it has no such cell"
+    if isinstance(cell, GRU) and not cell.reset_after:
+        return "its GRUCell resets after the product alone"
+    return None
+
+
+def _read(leaves: Leaves, cell: Any) -> tuple[Any, Weights]:
+    cell = _guess(leaves) if cell is None else cell
+    return cell, read_gates(leaves, cell, *KERNELS[type(cell)])
+
+
+def read_gates(
+    leaves: Leaves,
+    cell: Any,
+    inputs: tuple[str, ...],
+    carries: tuple[str, ...],
+    biased: tuple[str, ...],
+) -> Weights:
+    """Reads kernels and biases of each gate."""
+    size, out = cell.hidden_size, emits(cell)
+
+    def join(names: tuple[str, ...], *shape: int | str) -> np.ndarray:
+        return np.concatenate([leaves.take(n, *shape) for n in names], axis=-1)
+
+    w_ih = join(tuple(f"{n}/kernel" for n in inputs), leaves.inputs, size)
+    w_hh = join(tuple(f"{n}/kernel" for n in carries), out, size)
+    zeros = np.zeros(size, w_hh.dtype)
+    b, b_hh = (
+        np.concatenate(
+            [leaves.take(f"{n}/bias", size) if n in biased else zeros for n in names]
+        )
+        for names in (inputs, carries)
+    )
+    return Weights(w_ih, w_hh, b, b_hh)
+
+
+def _guess(leaves: Leaves) -> Any:
+    for make, (inputs, carries, _) in KERNELS.items():
+        if f"{inputs[0]}/kernel" in leaves or f"{carries[0]}/kernel" in leaves:
+            leaf = f"{carries[0]}/kernel"
+            shape = leaves.shape(leaf, "[H, H]")
+            if len(shape) != 2 or shape[0] != shape[1]:
+                raise leaves.error(leaf, "[H, H]", text(shape))
+            return make(shape[0])
+    known = [f"{inputs[0]}/kernel" for inputs, _, _ in KERNELS.values()]
+    ends = [
+        leaf for leaf in known if any(n.endswith(f"/{leaf}") for n in leaves.tensors)
+    ]
+    raise leaves.missing((ends or known)[0], "[D, H]")
+
+
+def _write(part: Part, weights: Weights) -> dict[str, np.ndarray]:
+    return write_gates(part, weights, *KERNELS[type(part.cell)])
+
+
+def write_gates(
+    part: Part,
+    weights: Weights,
+    inputs: tuple[str, ...],
+    carries: tuple[str, ...],
+    biased: tuple[str, ...],
+) -> dict[str, np.ndarray]:
+    """Writes kernels and biases of each gate."""
+    b, apart = fold(part.cell, weights)
+    count = len(inputs)
+    arrays: dict[str, np.ndarray] = {}
+    for names, w in ((inputs, weights.w_ih), (carries, weights.w_hh)):
+        kernels = np.split(w, count, axis=-1)
+        arrays |= {f"{n}/kernel": k for n, k in zip(names, kernels, strict=True)}
+    sums = zip(inputs, carries, np.split(b, count), strict=True)
+    arrays |= {f"{i if i in biased else h}/bias": bias for i, h, bias in sums}
+    if apart is not None:
+        arrays[f"{carries[-1]}/bias"] = apart
+    return arrays
+
+
+_PEER = Peer("Flax Linen", _why_not, _read, _write)
