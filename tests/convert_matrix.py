@@ -28,7 +28,7 @@ def main() -> int:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)
     columns = "".join(f"{name:>11}" for name in peers.Errors._fields)
-    print(f"{'peer':9}{'module':32}{'':6}{columns}")
+    print(f"{'peer':9}{'module':36}{'':6}{columns}")
     absent, worst = set(), 0.0
     for module in (module for family in FAMILIES for module in family.MODULES):
         if not module.installed:
@@ -36,7 +36,7 @@ def main() -> int:
             continue
         for way, errors in peers.compare(module).items():
             cells = "".join(f"{value:11.1e}" for value in errors)
-            print(f"{module.peer:9}{module.name:32}{way:6}{cells}", flush=True)
+            print(f"{module.peer:9}{module.name:36}{way:6}{cells}", flush=True)
             worst = max(worst, *errors)
     for peer in sorted(absent):
         print(f"{peer}: is not installed")

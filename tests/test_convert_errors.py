@@ -36,6 +36,17 @@ DEEPER |= {"bias_ih_l1": (32,), "bias_hh_l1": (32,)}
 SOFTPLUS = jlstm.RNN(jlstm.Elman(8, activation=jax.nn.softplus))
 BEFORE = jlstm.RNN(jlstm.GRU(8, reset_after=False))
 BOTH = jlstm.bidirectional(jlstm.LSTM(8))
+CLIPPED = jlstm.RNN(jlstm.LSTMP(8, 4, cell_clip=3.0))
+PROJECTED = jlstm.RNN(jlstm.LSTMP(8, 4))
+STRIDED = jlstm.RNN(jlstm.ConvLSTM(8, 3, (5,), strides=2))
+
+
+def keras_grid(**config):
+    config = {"strides": [1], "padding": "same", "dilation_rate": [1]} | config
+    config = {"data_format": "channels_last"} | config
+    return keras_layer("ConvLSTM1D", [], **config)
+
+
 PEEPHOLE = jlstm.RNN(jlstm.PeepholeLSTM(8))
 
 MISTAKES = {
@@ -144,6 +155,30 @@ MISTAKES = {
         lambda: convert.to_torch(SOFTPLUS, init(SOFTPLUS)),
         "its RNN has tanh or relu",
     ),
+    "torch: clips": (
+        lambda: convert.to_torch(CLIPPED, init(CLIPPED)),
+        "to_torch: PyTorch has no place for RNN(LSTMP(8, 4, cell_clip=3.0)): its LSTM "
+        "clips nothing",
+    ),
+    "torch: projecting cell": (
+        lambda: convert.to_torch(PROJECTED.cell, init(PROJECTED)),
+        "to_torch: PyTorch has no place for LSTMP(8, 4): its LSTMCell does not "
+        "project; convert RNN(cell)",
+    ),
+    "directions of a cell": (
+        lambda: convert.from_torch(
+            {n.removesuffix("_l0"): a for n, a in lstm_weights().items()}, BOTH
+        ),
+        "from_torch: weight_ih_l0: expected [32, D] for LSTM(8), got no such tensor",
+    ),
+    "torch: projection": (
+        lambda: convert.from_torch(torch_with(weight_hr_l0=np.ones((4, 7), F32))),
+        "from_torch: weight_ih_l0: expected [28, D], got [32, 3]",
+    ),
+    "torch: projection of no matrix": (
+        lambda: convert.from_torch(torch_with(weight_hr_l0=np.ones(4, F32))),
+        "from_torch: weight_hr_l0: expected [P, H], got [4]",
+    ),
     "torch: reset": (
         lambda: convert.from_torch(lstm_weights(), BEFORE),
         "from_torch: PyTorch has no place for RNN(GRU(8, reset_after=False)): its GRU "
@@ -180,6 +215,55 @@ MISTAKES = {
     "linen: reset": (
         lambda: convert.to_linen(BEFORE, init(BEFORE)),
         "its GRUCell resets after the product alone",
+    ),
+    "linen: projection": (
+        lambda: convert.to_linen(CLIPPED, init(CLIPPED)),
+        "it has no such cell",
+    ),
+    "linen: published unit": (
+        lambda: convert.to_linen(jlstm.MGU(8), init(jlstm.RNN(jlstm.MGU(8)))),
+        "to_linen: Flax Linen has no place for MGU(8): its MGUCell resets after the "
+        "product alone",
+    ),
+    "linen: reset_gate": (
+        lambda: convert.from_linen({"hf": {"kernel": np.ones((8, 8), F32)}}),
+        "from_linen: hn/bias: expected [8], got no such tensor; there is no cell here "
+        "like an MGUCell with reset_gate=False",
+    ),
+    "linen: grid": (
+        lambda: convert.from_linen({"hh": {"kernel": np.ones((3, 8, 32), F32)}}),
+        "from_linen: hh/kernel: expected no convolution, got [3, 8, 32]; give layer=, "
+        "of a ConvLSTM, since weights do not tell the grid",
+    ),
+    "haiku: strides": (
+        lambda: convert.to_haiku(STRIDED, None),
+        "its convolution has padding 'SAME', and no strides or dilation",
+    ),
+    "haiku: grid": (
+        lambda: convert.from_haiku(
+            {"conv1_dlstm/hidden_to_hidden": {"w": np.ones((3, 8, 32), F32)}}
+        ),
+        "from_haiku: conv1_dlstm/hidden_to_hidden/w: expected no convolution, got [3, "
+        "8, 32]; give layer=, of a ConvLSTM, since weights do not tell the grid",
+    ),
+    "keras: grid": (
+        lambda: convert.from_keras([np.ones((3, 8, 32), F32)] * 2),
+        "from_keras: weights[1]: expected no convolution, got [3, 8, 32]; give layer=, "
+        "of a ConvLSTM, since weights do not tell the grid",
+    ),
+    "keras: grid of a layer": (
+        lambda: convert.from_keras(keras_grid()),
+        "from_keras: weights of a ConvLSTM1D do not tell the grid; give layer=, of a "
+        "ConvLSTM",
+    ),
+    "keras: strides": (
+        lambda: convert.from_keras(keras_grid(), STRIDED),
+        "from_keras: strides of ConvLSTM(8, 3, (5,), strides=2) must be [1], as of the "
+        "ConvLSTM1D",
+    ),
+    "keras: channels": (
+        lambda: convert.from_keras(keras_grid(data_format="channels_first"), STRIDED),
+        "from_keras: data_format must be 'channels_last', got 'channels_first'",
     ),
     "linen: unknown": (
         lambda: convert.from_linen({"Dense_0": {"kernel": np.ones((3, 8), F32)}}),
@@ -289,6 +373,13 @@ MISTAKES = {
         lambda: convert.from_keras(keras_layer("Sequential", keras_weights())),
         "from_keras: expected an LSTM, GRU, SimpleRNN, Bidirectional or RNN of their "
         "cells, got a Sequential; give the recurrent layers one by one",
+    ),
+    "keras: another activation": (
+        lambda: convert.from_keras(
+            keras_layer("SimpleRNN", keras_weights(1), activation="relu"),
+            jlstm.RNN(jlstm.Elman(8)),
+        ),
+        "relu)), got RNN(Elman(8))",
     ),
     "keras: another layer": (
         lambda: convert.from_keras(keras_layer("LSTM", keras_weights()), BEFORE),

@@ -9,20 +9,24 @@ Each pair of functions has one shape::
 ================= =============================== ==================================
 functions         weights                         of
 ================= =============================== ==================================
-``from_torch``    a ``state_dict``                ``nn.LSTM``, ``GRU``, ``RNN``
+``from_torch``    a ``state_dict``                ``nn.LSTM`` with or without
+                                                  projection, ``GRU``, ``RNN``
 ``from_keras``    ``get_weights()``, or by path   ``LSTM``, ``GRU``, ``SimpleRNN``,
-                                                  ``Bidirectional``, stacked cells
+                                                  ``ConvLSTM2D``, ``Bidirectional``,
+                                                  stacked cells
 ``from_linen``    variables                       ``nn.RNN``, ``nn.Bidirectional``
 ``from_nnx``      ``nnx.state(module)``           ``nnx.RNN``, ``nnx.Bidirectional``
-``from_haiku``    params of ``hk.transform``      ``hk.LSTM``, ``GRU``, ``VanillaRNN``
+``from_haiku``    params of ``hk.transform``      ``hk.LSTM``, ``GRU``, ``VanillaRNN``,
+                                                  ``Conv2DLSTM``, ``DeepRNN``
 ``from_equinox``  a cell, or a dict of its arrays ``LSTMCell``, ``GRUCell``
 ``from_jax_rnn``  a vector                        ``jax.experimental.rnn.lstm``
 ================= =============================== ==================================
 
 No library needs to be installed: weights are dicts and lists of arrays, in and out, and
-dtypes are kept. Of a larger model, ``prefix=`` chooses the part. Where a library holds
-one bias and ours two, they are added; a learned fresh carry, which none has, is
-refused unless it is zero.
+dtypes are kept. Of a larger model, ``prefix=`` chooses the part. What weights do not
+tell, such as an activation, is the library's default, or as ``layer`` has it. Where a
+library holds one bias and ours two, or the other way round, they are added; a learned
+fresh carry, which no library has, is refused unless it is zero.
 """
 
 from jlstm.convert.equinox import from_equinox, to_equinox

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlstm import cells
-from jlstm.cells import GRU, LSTM, Elman, Precision
+from jlstm.cells import GRU, LSTM, LSTMP, MGU, ConvLSTM, Elman, Precision
 from jlstm.convert.tensors import Leaves, text
 from jlstm.types import PyTree
 
@@ -39,6 +39,9 @@ KINDS: dict[Any, Kind] = {
     LSTM: Kind(cells.LSTMParams, 4),
     GRU: Kind(cells.GRUParams, 3),
     Elman: Kind(cells.ElmanParams, 1),
+    LSTMP: Kind(cells.LSTMPParams, 4),
+    MGU: Kind(cells.MGUParams, 2),
+    ConvLSTM: Kind(cells.ConvLSTMParams, 4),
 }
 
 
@@ -57,12 +60,19 @@ def is_reset_after(cell: Any) -> bool:
     return getattr(cell, "reset_after", False)
 
 
+def sizes(cell: Any, field: str) -> tuple[int, ...]:
+    """One size a spatial axis of a cell on a grid."""
+    value = getattr(cell, field)
+    return value if isinstance(value, tuple) else (value,) * len(cell.spatial_shape)
+
+
 def shapes(cell: Any, inputs: int | str = "D") -> dict[str, tuple[int | str, ...]]:
     """The shapes of a cell's weights."""
     gates, size, out = KINDS[type(cell)].gates, cell.hidden_size, emits(cell)
+    kernel = sizes(cell, "kernel_size") if isinstance(cell, ConvLSTM) else ()
     return {
-        "w_ih": (inputs, gates * size),
-        "w_hh": (out, gates * size),
+        "w_ih": (*kernel, inputs, gates * size),
+        "w_hh": (*kernel, out, gates * size),
         "w_hr": (size, out),
         "b": (gates * size,),
         "h0": (out,),
@@ -127,8 +137,8 @@ def take_weights(where: str, path: str, cell: Any, params: PyTree) -> Weights:
         expected["b_hh"] = (cell.hidden_size,)
     for name, array in arrays.items():
         wanted = expected[name]
-        inputs = array.shape[-2:-1] if name == "w_ih" else ()
-        wanted = tuple(inputs[0] if size == "D" and inputs else size for size in wanted)
+        if name == "w_ih" and array.ndim > 1:
+            wanted = tuple(array.shape[-2] if size == "D" else size for size in wanted)
         if array.shape != wanted:
             raise ValueError(
                 f"{where}: {path}.{name}: expected {text(expected[name])} for "

@@ -1,8 +1,8 @@
-"""Haiku's ``hk.LSTM``, ``hk.GRU`` and ``hk.VanillaRNN``, and ``hk.DeepRNN`` of them.
+"""Haiku's ``LSTM``, ``GRU``, ``VanillaRNN``, ``Conv2DLSTM``, and ``DeepRNN`` of them.
 
 The LSTM has one matrix of inputs and carry, gates i, g, f, o, and adds 1 to f when it
-runs. The GRU resets before the product and its z is our ``1 - z``. The ``VanillaRNN``
-has a ReLU.
+runs; here that is in the bias, rounded once. The GRU resets before the product, and its
+z is our ``1 - z``. The ``VanillaRNN`` has a ReLU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlstm.cells import GRU, LSTM, Elman
+from jlstm.cells import GRU, LSTM, ConvLSTM, Elman
 from jlstm.convert.cells import RELU, Weights, fold, reorder, shapes
+from jlstm.convert.layouts import (
+    I_G_F_O,
+    forget,
+    no_grid,
+    read_grid,
+    why_not_plain,
+    write_grid,
+)
 from jlstm.convert.parts import (
     Part,
     Peer,
@@ -27,8 +35,8 @@ from jlstm.convert.tensors import Leaves, Tensors, flatten, text
 from jlstm.types import PyTree
 
 NAMES: dict[Any, str] = {LSTM: "lstm", GRU: "gru", Elman: "vanilla_rnn"}
-# From i, g, f, o to i, f, g, o, and back; and from z, r, n to r, z, n.
-SWAPPED, Z_FIRST = (0, 2, 1, 3), (1, 0, 2)
+GRID = ("input_to_hidden", "hidden_to_hidden"), ("w", "b")
+Z_FIRST = (1, 0, 2)  # from z, r, n to r, z, n, and back
 
 
 def from_haiku(
@@ -93,7 +101,7 @@ def to_haiku(
 
 def _cores(tensors: Tensors) -> list[str]:
     """Finds what the names of cores begin with."""
-    ends = ("linear/w", "w_h")
+    ends = ("linear/w", "w_h", "hidden_to_hidden/w")
     found = [
         name.removesuffix(end)
         for name in tensors
@@ -108,14 +116,19 @@ def _default_names(where: str, layer: Any) -> Sequence[str]:
     names = []
     for part in parts_of(where, layer):
         _PEER.check(where, part)
-        kind = type(part.cell)
+        if isinstance(part.cell, ConvLSTM):
+            kind = f"conv{len(part.cell.spatial_shape)}_dlstm"
+        else:
+            kind = NAMES[type(part.cell)]
         number = counts.setdefault(kind, 0)
-        names.append(f"{NAMES[kind]}{f'_{number}' if number else ''}/")
+        names.append(f"{kind}{f'_{number}' if number else ''}/")
         counts[kind] += 1
     return names
 
 
 def _why_not(cell: Any) -> str | None:
+    if isinstance(cell, ConvLSTM):
+        return why_not_plain(cell)
     if type(cell) not in NAMES:
         return "it has no such core"
     if isinstance(cell, GRU) and cell.reset_after:
@@ -128,6 +141,8 @@ def _why_not(cell: Any) -> str | None:
 def _read(leaves: Leaves, cell: Any) -> tuple[Any, Weights]:
     cell = _guess(leaves) if cell is None else cell
     shape, size = shapes(cell, leaves.inputs), cell.hidden_size
+    if isinstance(cell, ConvLSTM):
+        return cell, read_grid(leaves, cell, *GRID)
     if isinstance(cell, GRU):
         arrays = {
             "w_ih": leaves.take("w_i", *shape["w_ih"]),
@@ -146,14 +161,16 @@ def _read(leaves: Leaves, cell: Any) -> tuple[Any, Weights]:
         return cell, Weights(w_ih, w_hh, b, b_hh)
     inputs = leaves.inputs
     rows = f"{inputs} + {size}" if isinstance(inputs, str) else inputs + size
-    w = reorder(leaves.take("linear/w", rows, 4 * size), SWAPPED)
+    w = reorder(leaves.take("linear/w", rows, 4 * size), I_G_F_O)
     if len(w) <= size:
         raise leaves.error("linear/w", text((rows, 4 * size)), text(w.shape))
-    return cell, Weights(w[:-size], w[-size:], reorder(b, SWAPPED) + _forget(size, b))
+    return cell, Weights(w[:-size], w[-size:], reorder(b, I_G_F_O) + forget(cell, b))
 
 
 def _write(part: Part, weights: Weights) -> dict[str, np.ndarray]:
-    cell, size = part.cell, part.cell.hidden_size
+    cell = part.cell
+    if isinstance(cell, ConvLSTM):
+        return write_grid(part, weights, *GRID)
     b, _ = fold(cell, weights)
     if isinstance(cell, GRU):
         arrays = {"w_i": weights.w_ih, "w_h": weights.w_hh, "b": b}
@@ -164,8 +181,8 @@ def _write(part: Part, weights: Weights) -> dict[str, np.ndarray]:
             return arrays | {"linear/b": b}
         return arrays | {"linear/b": weights.b, "linear_1/b": weights.b_hh}
     w = np.concatenate([weights.w_ih, weights.w_hh])
-    b = reorder(b - _forget(size, b), SWAPPED)
-    return {"linear/w": reorder(w, SWAPPED), "linear/b": b}
+    b = reorder(b - forget(cell, b), I_G_F_O)
+    return {"linear/w": reorder(w, I_G_F_O), "linear/b": b}
 
 
 def _guess(leaves: Leaves) -> Any:
@@ -173,6 +190,8 @@ def _guess(leaves: Leaves) -> Any:
     if "w_h" in leaves:
         size = leaves.shape("w_h", "[H, 3H]")[0]
         return GRU(size, reset_after=False)
+    if "hidden_to_hidden/w" in leaves:
+        raise no_grid(leaves, "hidden_to_hidden/w")
     size = leaves.shape("linear/w", "[D + H, 4H] of an LSTM, or w_h of a GRU")[-1]
     if "linear_1/w" in leaves:
         return Elman(size, activation=jax.nn.relu, double_bias="linear_1/b" in leaves)
@@ -180,11 +199,6 @@ def _guess(leaves: Leaves) -> Any:
         shape = leaves.shape("linear/w", "")
         raise leaves.error("linear/w", "[D + H, 4H]", text(shape))
     return LSTM(size // 4)
-
-
-def _forget(size: int, like: np.ndarray) -> np.ndarray:
-    """What Haiku adds to the gates i, f, g, o when it runs."""
-    return np.repeat(np.array([0, 1, 0, 0], like.dtype), size)
 
 
 def _negate(array: np.ndarray, block: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Keras 3: ``LSTM``, ``GRU``, ``SimpleRNN``, their cells, and ``Bidirectional``.
+"""Keras 3: ``LSTM``, ``GRU``, ``SimpleRNN``, ``ConvLSTM2D``, both ways, stacked cells.
 
 The LSTM has our matrices and order of gates; the GRU has z, r, h, and two rows of
 biases where it resets after the product.
@@ -6,22 +6,22 @@ biases where it resets after the product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
-from jlstm.cells import GRU, LSTM, Elman, tanh
+from jlstm.cells import GRU, LSTM, ConvLSTM, Elman
 from jlstm.convert.cells import (
     Weights,
     fold,
     guess,
-    is_reset_after,
     reorder,
     shapes,
 )
+from jlstm.convert.keras_config import layer_of
+from jlstm.convert.layouts import no_grid
 from jlstm.convert.parts import (
     Part,
     Peer,
@@ -33,26 +33,17 @@ from jlstm.convert.parts import (
     write_layer,
 )
 from jlstm.convert.tensors import Leaves, Tensors, flatten
-from jlstm.layers import RNN, bidirectional, stack
 from jlstm.types import PyTree
 
 LEAVES = ("kernel", "recurrent_kernel", "bias")
 Z_FIRST = (1, 0, 2)  # from z, r, h to r, z, n, and back
 TWO = [Place(directions=2), Place(direction=1, directions=2)]
-MERGES = {
-    "concat": "concat",
-    "sum": "sum",
-    "mul": "product",
-    "ave": "mean",
-    None: "none",
-}
-ACTIVATIONS = {"tanh": tanh, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
 
 
 def from_keras(
     weights: Any, layer: Any = None, *, prefix: str = ""
 ) -> tuple[Any, PyTree]:
-    """Converts the weights of an LSTM, GRU, SimpleRNN, or of Bidirectional.
+    """Converts the weights of an LSTM, GRU, SimpleRNN, ConvLSTM, or of Bidirectional.
 
     A GRU that resets after the product keeps its two biases (``double_bias=True``),
     which are added where ``layer`` has cells with one. Layers without biases give
@@ -64,7 +55,8 @@ def from_keras(
       layer: the layer to fill. Without one it is made from the weights, which do not
         tell activations or how directions are merged: tanh and ``"concat"`` are taken,
         unless there is a layer of Keras. It is needed for a list of more than one
-        cell, and for ``StackedRNNCells`` or several layers, which are a ``stack``.
+        cell, for ``StackedRNNCells`` or several layers, which are a ``stack``, and for
+        a ``ConvLSTM``.
       prefix: of the paths, such as ``"model/lstm/"``; other paths are left alone.
 
     Returns:
@@ -81,7 +73,7 @@ def from_keras(
       (RNN(LSTM(8)), (3, 32))
     """
     if hasattr(weights, "get_config"):
-        layer = _layer_of(type(weights).__name__, weights.get_config(), layer)
+        layer = layer_of(type(weights).__name__, weights.get_config(), layer)
         weights = weights.get_weights()
     if not isinstance(weights, list | tuple):
         arrays = flatten("from_keras", weights, "/")
@@ -172,87 +164,13 @@ def _by_cell(tensors: Tensors) -> tuple[list[str], list[Place] | None]:
     return [f"{path}/" if path else "" for path in begins], TWO if both else None
 
 
-def _layer_of(kind: str, config: Mapping[str, Any], given: Any) -> Any:
-    """Makes the layer that a config of Keras describes.
-
-    Raises:
-      ValueError: there is no such layer here, or ``given`` is another one.
-    """
-    if kind == "Bidirectional":
-        pair = [config["layer"], config.get("backward_layer") or config["layer"]]
-        cells = [_cell_of(part["class_name"], part["config"], given) for part in pair]
-        merge: Any = MERGES[config["merge_mode"]]
-        both = cells[0] == cells[1]
-        made: Any = bidirectional(cells[0], None if both else cells[1], merge=merge)
-    else:
-        if config.get("go_backwards") and given is None:
-            raise ValueError(
-                "from_keras: go_backwards returns outputs in the order of processing, "
-                "which no layer here does; give layer=RNN(cell, reverse=True), whose "
-                "outputs stay in the order of inputs"
-            )
-        inner = config.get("cell", {})
-        if inner.get("class_name") == "StackedRNNCells":
-            cells = inner["config"]["cells"]
-            made = stack(
-                *(RNN(_cell_of(c["class_name"], c["config"], given)) for c in cells)
-            )
-        else:
-            made = RNN(_cell_of(kind, config, given))
-    if given is None:
-        return made
-    expected, got = (
-        list(map(_formula, parts_of("from_keras", x))) for x in (made, given)
-    )
-    if expected != got:
-        raise ValueError(f"from_keras: layer: expected {made!r}, got {given!r}")
-    return given
-
-
-def _formula(part: Part) -> tuple[Any, ...]:
-    return (
-        type(part.cell),
-        is_reset_after(part.cell),
-        getattr(part.layer, "merge", None),
-    )
-
-
-def _cell_of(kind: str, config: Mapping[str, Any], given: Any) -> Any:
-    if kind == "RNN":
-        inner = config["cell"]
-        return _cell_of(inner["class_name"], inner["config"], given)
-    make = {"LSTM": LSTM, "GRU": GRU, "SimpleRNN": Elman}.get(kind.removesuffix("Cell"))
-    if make is None:
-        raise ValueError(
-            f"from_keras: expected an LSTM, GRU, SimpleRNN, Bidirectional or RNN of "
-            f"their cells, got a {kind}; give the recurrent layers one by one"
-        )
-    activation, size = config["activation"], config["units"]
-    if make is Elman:
-        if activation not in ACTIVATIONS and given is None:
-            raise ValueError(
-                f"from_keras: activation must be one of {', '.join(ACTIVATIONS)}, got "
-                f"{activation!r}; give layer=RNN(Elman({size}, activation=...))"
-            )
-        return Elman(size, activation=ACTIVATIONS.get(activation, tanh))
-    gates = activation, config["recurrent_activation"]
-    if gates != ("tanh", "sigmoid"):
-        raise ValueError(
-            f"from_keras: a {kind} must have activation 'tanh' and "
-            f"recurrent_activation 'sigmoid', got {gates[0]!r} and {gates[1]!r}"
-        )
-    if make is LSTM:
-        return LSTM(size)
-    after = config["reset_after"]
-    return GRU(size, reset_after=after, double_bias=after and config["use_bias"])
-
-
 def _peer(*, bias: bool = True) -> Peer:
     return Peer("Keras", _why_not, _read, partial(_write, bias=bias))
 
 
 def _why_not(cell: Any) -> str | None:
-    return None if isinstance(cell, LSTM | GRU | Elman) else "it has no such cell"
+    known = isinstance(cell, LSTM | GRU | Elman | ConvLSTM)
+    return None if known else "it has no such cell"
 
 
 def _read(leaves: Leaves, cell: Any) -> tuple[Any, Weights]:
@@ -271,6 +189,9 @@ def _read(leaves: Leaves, cell: Any) -> tuple[Any, Weights]:
 
 
 def _guess(leaves: Leaves) -> Any:
+    leaf = "recurrent_kernel"
+    if leaf in leaves and len(leaves.shape(leaf, "")) > 2:
+        raise no_grid(leaves, leaf)
     cell = guess(leaves, "recurrent_kernel", {4: LSTM, 3: GRU, 1: Elman})
     if not isinstance(cell, GRU):
         return cell

@@ -6,14 +6,24 @@ Each gate has kernels of its own, ``ii``, ``if``, ``ig``, ``io`` of inputs and `
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jlstm.cells import GRU, LSTM, Elman
-from jlstm.convert.cells import Weights, emits, fold
+from jlstm.cells import GRU, LSTM, MGU, ConvLSTM, Elman
+from jlstm.convert.cells import (
+    Weights,
+)
+from jlstm.convert.layouts import (
+    find_places,
+    no_grid,
+    read_gates,
+    read_grid,
+    why_not_plain,
+    write_gates,
+    write_grid,
+)
 from jlstm.convert.parts import Part, Peer, Place, read_layer, write_layer
 from jlstm.convert.tensors import Leaves, Tensors, flatten, nest, text
 from jlstm.types import PyTree
@@ -29,6 +39,7 @@ KERNELS: dict[Any, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     ),
     GRU: (("ir", "iz", "in"), ("hr", "hz", "hn"), ("ir", "iz", "in", "hn")),
     Elman: (("i",), ("h",), ("i",)),
+    MGU: (("if", "in"), ("hf", "hn"), ("if", "in", "hn")),
 }
 
 
@@ -106,80 +117,37 @@ def _find(tensors: Tensors) -> list[Place]:
     return find_places(tensors, r"layers_(\d+)/", "cell/", SIDES)
 
 
-def find_places(
-    tensors: Tensors, numbered: str, single: str, sides: tuple[str, str]
-) -> list[Place]:
-    """Tells layers and directions from the beginnings of names.
-
-    Args:
-      tensors: by name.
-      numbered: a pattern of a layer of a stack, whose group is its number.
-      single: what a cell's names begin with in a layer of one direction.
-      sides: the same in a layer of two, forward first.
-    """
-    names: dict[int | None, list[str]] = {}
-    for name in tensors:
-        match = re.match(numbered, name)
-        number, rest = (int(match[1]), name[match.end() :]) if match else (None, name)
-        names.setdefault(number, []).append(rest)
-    numbers = sorted(number for number in names if number is not None) or [None]
-    places = []
-    for level, number in enumerate(numbers):
-        directions = 1 + any(name.startswith(sides) for name in names[number])
-        bare = not any(name.startswith((single, *sides)) for name in names[number])
-        places += [
-            Place(level, number or 0, direction, directions, number is not None, bare)
-            for direction in range(directions)
-        ]
-    return places
-
-
 def _why_not(cell: Any) -> str | None:
+    if isinstance(cell, ConvLSTM):
+        return why_not_plain(cell)
     if type(cell) not in KERNELS:
         return "it has no such cell"
-    if isinstance(cell, GRU) and not cell.reset_after:
-        return "its GRUCell resets after the product alone"
+    if isinstance(cell, GRU | MGU) and not cell.reset_after:
+        name = type(cell).__name__
+        return f"its {name}Cell resets after the product alone"
     return None
 
 
 def _read(leaves: Leaves, cell: Any) -> tuple[Any, Weights]:
     cell = _guess(leaves) if cell is None else cell
+    if isinstance(cell, ConvLSTM):
+        return cell, read_grid(leaves, cell, ("ih", "hh"), ("kernel", "bias"))
+    if isinstance(cell, MGU) and "hn/bias" not in leaves:
+        hint = "; there is no cell here like an MGUCell with reset_gate=False"
+        raise leaves.error("hn/bias", text((cell.hidden_size,)), "no such tensor", hint)
     return cell, read_gates(leaves, cell, *KERNELS[type(cell)])
 
 
-def read_gates(
-    leaves: Leaves,
-    cell: Any,
-    inputs: tuple[str, ...],
-    carries: tuple[str, ...],
-    biased: tuple[str, ...],
-) -> Weights:
-    """Reads kernels and biases of each gate."""
-    size, out = cell.hidden_size, emits(cell)
-
-    def join(names: tuple[str, ...], *shape: int | str) -> np.ndarray:
-        return np.concatenate([leaves.take(n, *shape) for n in names], axis=-1)
-
-    w_ih = join(tuple(f"{n}/kernel" for n in inputs), leaves.inputs, size)
-    w_hh = join(tuple(f"{n}/kernel" for n in carries), out, size)
-    zeros = np.zeros(size, w_hh.dtype)
-    b, b_hh = (
-        np.concatenate(
-            [leaves.take(f"{n}/bias", size) if n in biased else zeros for n in names]
-        )
-        for names in (inputs, carries)
-    )
-    return Weights(w_ih, w_hh, b, b_hh)
-
-
 def _guess(leaves: Leaves) -> Any:
+    if "hh/kernel" in leaves:
+        raise no_grid(leaves, "hh/kernel")
     for make, (inputs, carries, _) in KERNELS.items():
         if f"{inputs[0]}/kernel" in leaves or f"{carries[0]}/kernel" in leaves:
             leaf = f"{carries[0]}/kernel"
             shape = leaves.shape(leaf, "[H, H]")
             if len(shape) != 2 or shape[0] != shape[1]:
                 raise leaves.error(leaf, "[H, H]", text(shape))
-            return make(shape[0])
+            return make(shape[0], reset_after=True) if make is MGU else make(shape[0])
     known = [f"{inputs[0]}/kernel" for inputs, _, _ in KERNELS.values()]
     ends = [
         leaf for leaf in known if any(n.endswith(f"/{leaf}") for n in leaves.tensors)
@@ -188,28 +156,9 @@ def _guess(leaves: Leaves) -> Any:
 
 
 def _write(part: Part, weights: Weights) -> dict[str, np.ndarray]:
+    if isinstance(part.cell, ConvLSTM):
+        return write_grid(part, weights, ("ih", "hh"), ("kernel", "bias"))
     return write_gates(part, weights, *KERNELS[type(part.cell)])
-
-
-def write_gates(
-    part: Part,
-    weights: Weights,
-    inputs: tuple[str, ...],
-    carries: tuple[str, ...],
-    biased: tuple[str, ...],
-) -> dict[str, np.ndarray]:
-    """Writes kernels and biases of each gate."""
-    b, apart = fold(part.cell, weights)
-    count = len(inputs)
-    arrays: dict[str, np.ndarray] = {}
-    for names, w in ((inputs, weights.w_ih), (carries, weights.w_hh)):
-        kernels = np.split(w, count, axis=-1)
-        arrays |= {f"{n}/kernel": k for n, k in zip(names, kernels, strict=True)}
-    sums = zip(inputs, carries, np.split(b, count), strict=True)
-    arrays |= {f"{i if i in biased else h}/bias": bias for i, h, bias in sums}
-    if apart is not None:
-        arrays[f"{carries[-1]}/bias"] = apart
-    return arrays
 
 
 _PEER = Peer("Flax Linen", _why_not, _read, _write)

@@ -14,7 +14,7 @@ import numpy as np
 
 from jlstm.cells import GRU, LSTM, Elman
 from jlstm.convert.cells import Weights, fold, guess, shapes
-from jlstm.convert.linen import find_places, read_gates, write_gates
+from jlstm.convert.layouts import find_places, read_gates, write_gates
 from jlstm.convert.parts import Part, Peer, Place, read_layer, write_layer
 from jlstm.convert.tensors import Leaves, Tensors, flatten, nest
 from jlstm.types import PyTree

@@ -214,9 +214,8 @@ def _named_as(found: Sequence[Place], parts: list[Part]) -> list[Part]:
     for part in parts:
         level, number = part.place.level, part.place.number
         number = numbers[level] if level < len(numbers) else number
-        place = part.place._replace(
-            number=number, stacked=stacked, bare=found[0].bare and not stacked
-        )
+        bare = found[0].bare and not stacked and part.place.directions == 1
+        place = part.place._replace(number=number, stacked=stacked, bare=bare)
         named.append(part._replace(place=place))
     return named
 

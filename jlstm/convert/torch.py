@@ -1,7 +1,7 @@
 """PyTorch's ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, and their cells.
 
 Gates are in our order; matrices are transposed to ours, ``weight_ih_l0 [4H, D]``; there
-are two biases, or none.
+are two biases, or none. An LSTM with ``proj_size`` is our ``LSTMP``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlstm.cells import GRU, LSTM, Elman
+from jlstm.cells import GRU, LSTM, LSTMP, Elman
 from jlstm.convert.cells import RELU, TANH, Weights, emits, guess, shapes
 from jlstm.convert.parts import (
     Part,
@@ -24,7 +24,7 @@ from jlstm.convert.parts import (
     read_layer,
     write_layer,
 )
-from jlstm.convert.tensors import Leaves, Tensors, flatten
+from jlstm.convert.tensors import Leaves, Tensors, flatten, text
 from jlstm.types import PyTree
 
 BIASES = ("bias_ih", "bias_hh")
@@ -162,7 +162,9 @@ def _why_not(cell: Any) -> str | None:
         return "its RNN has tanh or relu"
     if isinstance(cell, GRU) and not cell.reset_after:
         return "its GRU resets after the product alone"
-    if not isinstance(cell, LSTM | GRU | Elman):
+    if isinstance(cell, LSTMP) and (cell.cell_clip or cell.proj_clip):
+        return "its LSTM clips nothing"
+    if not isinstance(cell, LSTM | GRU | Elman | LSTMP):
         return "it has no such cell"
     return None
 
@@ -184,13 +186,21 @@ def read_cell(
     wide = shapes(cell, leaves.inputs)
     w_ih = leaves.take("weight_ih", *reversed(wide["w_ih"])).T
     w_hh = leaves.take("weight_hh", *reversed(wide["w_hh"])).T
-    if not double:
-        return cell, Weights(w_ih, w_hh, np.zeros(w_hh.shape[-1], w_hh.dtype))
-    b, b_hh = (leaves.take(leaf, *wide["b"]) for leaf in BIASES)
-    return cell, Weights(w_ih, w_hh, b, b_hh)
+    b, b_hh = np.zeros(w_hh.shape[-1], w_hh.dtype), None
+    if double:
+        b, b_hh = (leaves.take(leaf, *wide["b"]) for leaf in BIASES)
+    if not isinstance(cell, LSTMP):
+        return cell, Weights(w_ih, w_hh, b, b_hh)
+    w_hr = leaves.take("weight_hr", *reversed(wide["w_hr"])).T
+    return cell, Weights(w_ih, w_hh, b, b_hh, w_hr)
 
 
 def _guess(leaves: Leaves, double: bool, activation: str | None) -> Any:
+    if "weight_hr" in leaves:
+        shape = leaves.shape("weight_hr", "[P, H]")
+        if len(shape) != 2:
+            raise leaves.error("weight_hr", "[P, H]", text(shape))
+        return LSTMP(shape[1], shape[0], double_bias=double)
     options = {"activation": jax.nn.relu} if activation == "relu" else {}
     makes: dict[int, Any] = {
         4: partial(LSTM, double_bias=double),
@@ -205,8 +215,16 @@ def write_cell(
 ) -> dict[str, np.ndarray]:
     """Writes the tensors of one layer and direction."""
     arrays = {"weight_ih": weights.w_ih.T, "weight_hh": weights.w_hh.T}
-    if not bias:
+    if bias:
+        b_hh = np.zeros_like(weights.b) if weights.b_hh is None else weights.b_hh
+        arrays |= {"bias_ih": weights.b, "bias_hh": b_hh}
+    else:
         drop_bias("to_torch", part, weights)
-        return arrays
-    b_hh = np.zeros_like(weights.b) if weights.b_hh is None else weights.b_hh
-    return arrays | {"bias_ih": weights.b, "bias_hh": b_hh}
+    if weights.w_hr is not None:
+        if part.place.bare:
+            raise ValueError(
+                f"to_torch: PyTorch has no place for {part.cell!r}: its LSTMCell does "
+                "not project; convert RNN(cell)"
+            )
+        arrays["weight_hr"] = weights.w_hr.T
+    return arrays

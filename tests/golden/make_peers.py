@@ -23,13 +23,7 @@ from peers import Module, of_equinox, of_haiku, of_keras
 
 FOLDER = pathlib.Path(__file__).parent
 FAMILIES = {"keras": of_keras, "haiku": of_haiku, "equinox": of_equinox}
-# Of a layer that is to have fewer biases, weights do not come back as they were.
-MODULES = [
-    module
-    for family in FAMILIES.values()
-    for module in family.MODULES
-    if "to one bias" not in module.name
-]
+MODULES = [module for family in FAMILIES.values() for module in family.MODULES]
 
 
 def pack(tree: Any) -> tuple[np.ndarray, str]:

@@ -66,6 +66,7 @@ class Module:
       make: makes it; the library is imported there. Call :meth:`live`.
       told: whether the weights tell the layer, so that none needs to be given.
       lengths: whether the library takes them.
+      folds: whether two biases there become one here.
       zero: leaves of our params that have no place there.
       bare: whether the peer has a cell without a layer.
       options: of the converter to the peer.
@@ -79,6 +80,7 @@ class Module:
     make: Callable[[], Live]
     told: bool = True
     lengths: bool = False
+    folds: bool = False
     zero: tuple[str, ...] = ()
     bare: bool = False
     options: tuple[tuple[str, Any], ...] = ()

@@ -15,14 +15,14 @@ H = 2
 FLAT = {"input_size": D, "hidden_size": H}
 
 
-def _linen(kind: str, shape: str, **options: Any) -> Live:
+def _linen(kind: str, shape: str, x: tuple[int, ...] = (D,), **options: Any) -> Live:
     linen = load("flax.linen")
 
     def rnn() -> Any:
         return linen.RNN(getattr(linen, kind)(H, **options))
 
     single = rnn()
-    xs = jnp.ones((B, T, D), jnp.float32)  # as its carry is, while params are made
+    xs = jnp.ones((B, T, *x), jnp.float32)  # as its carry is, while params are made
     module = {
         "RNN": lambda: single,
         "Bidirectional": lambda: linen.Bidirectional(rnn(), rnn()),
@@ -129,7 +129,10 @@ CELLS: dict[str, Any] = {
     "OptimizedLSTMCell": jlstm.LSTM(H),
     "GRUCell": jlstm.GRU(H),
     "SimpleCell": jlstm.Elman(H),
+    "MGUCell": jlstm.MGU(H, reset_after=True),
 }
+GRID = (3, 2)
+CONV = jlstm.ConvLSTM(H, (3, 2), GRID)
 
 
 def _layer(cell: Any, shape: str) -> Any:
@@ -139,7 +142,7 @@ def _layer(cell: Any, shape: str) -> Any:
 
 
 def _modules(peer: str, make: Any) -> list[Module]:
-    shapes = [(kind, "RNN") for kind in CELLS]
+    shapes = [(k, "RNN") for k in CELLS if peer == "linen" or k != "MGUCell"]
     shapes += [(kind, "Bidirectional") for kind in ("LSTMCell", "GRUCell")]
     shapes += [("OptimizedLSTMCell", "Sequential"), ("GRUCell", "cell")]
     modules = []
@@ -158,6 +161,16 @@ DOUBLE = jlstm.LSTM(H, double_bias=True)
 MODULES = [
     *_modules("linen", _linen),
     *_modules("nnx", _nnx),
+    Module(
+        "linen",
+        "ConvLSTMCell RNN",
+        jlstm.RNN(CONV),
+        partial(_linen, "ConvLSTMCell", "RNN", x=(*GRID, D), kernel_size=(3, 2)),
+        told=False,
+        lengths=True,
+        folds=True,
+        x=(*GRID, D),
+    ),
     Module(
         "jax_rnn",
         "lstm 1x forward",

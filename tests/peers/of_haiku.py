@@ -14,12 +14,18 @@ from peers import B, D, Live, Module, T, load
 H = 2
 
 
-def _make(*kinds: str, **options: Any) -> Live:
+def _make(
+    *kinds: str,
+    x: tuple[int, ...] = (D,),
+    state: tuple[int, ...] = (H,),
+    **options: Any,
+) -> Live:
     haiku = load("haiku")
-    pairs = [kind == "LSTM" for kind in kinds]
+    pairs = [kind.endswith("LSTM") for kind in kinds]
 
     def unroll(xs: Any, states: Any) -> Any:
-        cores = [getattr(haiku, kind)(H, **options) for kind in kinds]
+        sizes = {} if "output_channels" in options else {"hidden_size": H}
+        cores = [getattr(haiku, kind)(**sizes, **options) for kind in kinds]
         core = cores[0] if len(cores) == 1 else haiku.DeepRNN(cores)
         return haiku.dynamic_unroll(core, xs, states, time_major=False)
 
@@ -38,8 +44,8 @@ def _make(*kinds: str, **options: Any) -> Live:
         ys, final = module.apply(weights, xs, pack(carry))
         return [ys], jax.tree.leaves(final)
 
-    carry = [jnp.zeros((B, H))] * sum(2 if pair else 1 for pair in pairs)
-    weights = module.init(jax.random.key(0), jnp.ones((B, T, D)), pack(carry))
+    carry = [jnp.zeros((B, *state))] * sum(2 if pair else 1 for pair in pairs)
+    weights = module.init(jax.random.key(0), jnp.ones((B, T, *x)), pack(carry))
     return Live(weights, run)
 
 
@@ -47,6 +53,7 @@ GRU = jlstm.GRU(H, reset_after=False)
 RELU = jlstm.Elman(H, activation=jax.nn.relu)
 DOUBLE = jlstm.Elman(H, activation=jax.nn.relu, double_bias=True)
 DEEP = jlstm.stack(*map(jlstm.RNN, (jlstm.LSTM(H), GRU, jlstm.LSTM(H))))
+GRID = (3, 2)
 
 MODULES = [
     Module("haiku", "LSTM", jlstm.RNN(jlstm.LSTM(H)), partial(_make, "LSTM")),
@@ -57,6 +64,23 @@ MODULES = [
         "VanillaRNN one bias",
         jlstm.RNN(RELU),
         partial(_make, "VanillaRNN", double_bias=False),
+    ),
+    Module(
+        "haiku",
+        "Conv2DLSTM",
+        jlstm.RNN(jlstm.ConvLSTM(H, (3, 2), GRID)),
+        partial(
+            _make,
+            "Conv2DLSTM",
+            x=(*GRID, D),
+            state=(*GRID, H),
+            input_shape=GRID,
+            output_channels=H,
+            kernel_shape=(3, 2),
+        ),
+        told=False,
+        folds=True,
+        x=(*GRID, D),
     ),
     Module("haiku", "DeepRNN", DEEP, partial(_make, "LSTM", "GRU", "LSTM"), told=False),
 ]

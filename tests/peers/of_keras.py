@@ -99,7 +99,19 @@ DEEP = jlstm.stack(
 
 def _module(name: str, layer: Any, build: Any, **options: Any) -> Module:
     options = {"lengths": True} | options
-    return Module("keras", name, layer, partial(_make, build), **options)
+    x = options.get("x", (D,))
+    return Module("keras", name, layer, partial(_make, build, x), **options)
+
+
+def _grid(layers: Any) -> Any:
+    return layers.ConvLSTM2D(H, (3, 2), padding="same", **RETURNS, **TANH)
+
+
+def _strided(layers: Any) -> Any:
+    return layers.ConvLSTM1D(H, 2, strides=2, use_bias=False, **RETURNS, **TANH)
+
+
+GRID = (3, 2)
 
 
 MERGES: tuple[tuple[Any, str | None], ...] = (
@@ -127,7 +139,11 @@ MODULES = [
     ),
     _module("GRU", jlstm.RNN(GRU), partial(_layer, "GRU")),
     _module(
-        "GRU to one bias", jlstm.RNN(jlstm.GRU(H)), partial(_layer, "GRU"), told=False
+        "GRU to one bias",
+        jlstm.RNN(jlstm.GRU(H)),
+        partial(_layer, "GRU"),
+        told=False,
+        folds=True,
     ),
     _module("GRU before", jlstm.RNN(BEFORE), partial(_layer, "GRU", reset_after=False)),
     _module("SimpleRNN", jlstm.RNN(ELMAN), partial(_layer, "SimpleRNN")),
@@ -146,4 +162,22 @@ MODULES = [
         told=False,
     ),
     _module("StackedRNNCells", DEEP, _stacked, told=False),
+    _module(
+        "ConvLSTM2D",
+        jlstm.RNN(jlstm.ConvLSTM(H, (3, 2), GRID)),
+        _grid,
+        told=False,
+        lengths=False,  # where Keras fails on JAX
+        x=(*GRID, D),
+    ),
+    _module(
+        "ConvLSTM1D strided, without bias",
+        jlstm.RNN(jlstm.ConvLSTM(H, 2, (5,), strides=2, padding="VALID")),
+        _strided,
+        told=False,
+        lengths=False,
+        x=(5, D),
+        zero=("b",),
+        options=(("bias", False),),
+    ),
 ]

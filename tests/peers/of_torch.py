@@ -26,6 +26,14 @@ def _make(kind: str, **options: Any) -> Live:
     return Live(weights, evaluate=partial(_evaluate, module.double()))
 
 
+def _make_projected(**options: Any) -> Live:
+    torch = load("torch")
+    options |= {"batch_first": True, "proj_size": H}
+    module = torch.nn.LSTM(D, 3, **options).double()
+    weights = {n: np.asarray(p.detach()) for n, p in module.named_parameters()}
+    return Live(weights, evaluate=partial(_evaluate, module))
+
+
 def _make_cell(kind: str) -> Live:
     torch = load("torch")
     cell = getattr(torch.nn, kind)(D, H).double()
@@ -115,10 +123,35 @@ MODULES = [
     ),
     Module(
         "torch",
+        "LSTM projected 2x bidirectional",
+        jlstm.stack(
+            *[jlstm.bidirectional(jlstm.LSTMP(3, H, double_bias=True))] * 2,
+        ),
+        partial(_make_projected, num_layers=2, bidirectional=True),
+        lengths=True,
+    ),
+    Module(
+        "torch",
+        "LSTM projected to one bias",
+        jlstm.RNN(jlstm.LSTMP(3, H)),
+        _make_projected,
+        told=False,
+        folds=True,
+    ),
+    Module(
+        "torch",
+        "LSTM projected without bias",
+        jlstm.RNN(jlstm.LSTMP(3, H)),
+        partial(_make_projected, bias=False),
+        **BIASES,
+    ),
+    Module(
+        "torch",
         "LSTM to one bias",
         jlstm.RNN(jlstm.LSTM(H)),
         partial(_make, "LSTM"),
         told=False,
+        folds=True,
     ),
     Module(
         "torch",
@@ -126,6 +159,7 @@ MODULES = [
         jlstm.RNN(jlstm.GRU(H)),
         partial(_make, "GRU"),
         told=False,
+        folds=True,
     ),
     *(
         Module(
