@@ -3,10 +3,6 @@
 from typing import TYPE_CHECKING
 
 from jlstm import cells, data, decode, export, init, testing, train
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from jlstm import cells, data, decode, init, testing, train
 from jlstm.cells import (
     CIFG,
     GRU,
@@ -15,11 +11,11 @@ from jlstm.cells import (
     LSTM,
     LSTMP,
     MGU,
+    MLSTM,
+    SLSTM,
     ClipCarry,
     ConvLSTM,
     DropConnect,
-    MLSTM,
-    SLSTM,
     Elman,
     ElmanCarry,
     ElmanParams,
@@ -100,21 +96,15 @@ from jlstm.saved import load, save
 from jlstm.types import Cell, Layer, Policy, config, gated, where_rows, zero_rows
 
 if TYPE_CHECKING:
+    from jlstm import convert as convert
     from jlstm import flax as flax
 else:
 
     def __getattr__(name: str) -> object:
-        if name == "flax":  # loads nnx, which takes its time
+        if name in ("convert", "flax"):  # flax loads nnx, which takes its time
             from importlib import import_module
 
-            return import_module("jlstm.flax")
-    from jlstm import convert
-else:
-
-    def __getattr__(name: str) -> Any:
-        """Loads ``jlstm.convert`` where it is used, for a quick import."""
-        if name == "convert":
-            return importlib.import_module("jlstm.convert")
+            return import_module(f"jlstm.{name}")
         raise AttributeError(f"module 'jlstm' has no attribute {name!r}")
 
 

@@ -10,9 +10,15 @@ import jlstm
 from jlstm.kernels import fused, product
 from jlstm.testing import check_cell
 from tests.cases import TOLERANCE
-from tests.oracles import errors, gated, linear, simple, wrappers
+from tests.oracles import errors, extended, gated, linear, simple, wrappers
 
-CASES = [*gated.CASES, *linear.CASES, *simple.CASES, *wrappers.CASES]
+CASES = [
+    *gated.CASES,
+    *linear.CASES,
+    *extended.CASES,
+    *simple.CASES,
+    *wrappers.CASES,
+]
 # Of each shape that a gated form may take; the others meet the laws with the slow.
 SHAPES = (
     jlstm.PeepholeLSTM,
@@ -21,11 +27,10 @@ SHAPES = (
     jlstm.ConvLSTM,
     jlstm.GRUD,
     jlstm.LRU,
+    jlstm.MLSTM,
+    jlstm.SLSTM,
     jlstm.Zoneout,
 )
-from tests.oracles import errors, extended, gated, linear
-
-CASES = [*gated.CASES, *linear.CASES, *extended.CASES]
 # Of a slope against central differences of the oracle.
 SLOPE = {"float64": 1e-8, "float32": 1e-4}
 

@@ -45,6 +45,7 @@ from jlstm.cells.lstmp import LSTMP, LSTMPCarry, LSTMPParams, lstmp_step
 from jlstm.cells.mgu import MGU, MGUCarry, MGUParams, mgu_reset_after_step, mgu_step
 from jlstm.cells.min_gru import MinGRU, MinGRUCarry, MinGRUParams, min_gru_step
 from jlstm.cells.min_lstm import MinLSTM, MinLSTMCarry, MinLSTMParams, min_lstm_step
+from jlstm.cells.mlstm import MLSTM, MLSTMCarry, MLSTMParams, mlstm_step
 from jlstm.cells.multi_head import (
     MultiHeadGRU,
     MultiHeadGRUParams,
@@ -53,13 +54,13 @@ from jlstm.cells.multi_head import (
     multi_head_gru_step,
     multi_head_lstm_step,
 )
-from jlstm.cells.mlstm import MLSTM, MLSTMCarry, MLSTMParams, mlstm_step
 from jlstm.cells.peephole import (
     PeepholeLSTM,
     PeepholeLSTMCarry,
     PeepholeLSTMParams,
     peephole_lstm_step,
 )
+from jlstm.cells.slstm import SLSTM, SLSTMCarry, SLSTMParams, slstm_step
 from jlstm.cells.time_lstm import (
     TimeLSTM,
     TimeLSTMInput,
@@ -69,8 +70,6 @@ from jlstm.cells.time_lstm import (
     time_lstm_step,
 )
 from jlstm.cells.wrappers import Precision, Wrapper, prepare
-from jlstm.cells.slstm import SLSTM, SLSTMCarry, SLSTMParams, slstm_step
-from jlstm.cells.wrappers import Precision, prepare
 
 __all__ = [
     "CIFG",
@@ -80,14 +79,14 @@ __all__ = [
     "LSTM",
     "LSTMP",
     "MGU",
+    "MLSTM",
+    "SLSTM",
     "CIFGCarry",
     "CIFGParams",
     "ClipCarry",
     "ConvLSTM",
     "ConvLSTMParams",
     "DropConnect",
-    "MLSTM",
-    "SLSTM",
     "Elman",
     "ElmanCarry",
     "ElmanParams",
@@ -128,6 +127,8 @@ __all__ = [
     "PeepholeLSTMParams",
     "Precision",
     "ResidualCell",
+    "SLSTMCarry",
+    "SLSTMParams",
     "TimeLSTM",
     "TimeLSTMInput",
     "TimeLSTMParams",
@@ -137,8 +138,6 @@ __all__ = [
     "Wrapper",
     "Zoneout",
     "activate",
-    "SLSTMCarry",
-    "SLSTMParams",
     "add_vector",
     "affine",
     "cifg_step",
@@ -162,9 +161,9 @@ __all__ = [
     "mgu_step",
     "min_gru_step",
     "min_lstm_step",
+    "mlstm_step",
     "multi_head_gru_step",
     "multi_head_lstm_step",
-    "mlstm_step",
     "peephole_lstm_step",
     "positive",
     "prepare",
