@@ -15,6 +15,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlstm
+from jlstm.cells import MinLSTMParams
+from jlstm.cells.lru import lru_eigenvalues
 from jlstm.kernels import associative, blocks, scan
 from jlstm.testing import check_cell, random_like
 from tests.oracles import errors, linear
@@ -208,6 +210,48 @@ def test_differentiation_in_every_mode(order):
             return jax.jit(functions[order])(params)
 
     close(derivative("associative"), derivative("scan"), rtol=1e-9)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "fused", "associative"])
+def test_a_min_lstm_is_finite_and_right_at_large_pre_activations(implementation):
+    cell = jlstm.MinLSTM(3)
+    signs = np.random.default_rng(0).choice([-100.0, 100.0], (2, 6, 9))
+    xs = jnp.asarray(signs, jnp.float32)
+    params = MinLSTMParams(jnp.eye(9), jnp.zeros(9))
+
+    def run(params, xs):
+        return jlstm.unroll(cell, params, xs, implementation=implementation)
+
+    carry = cell.init_carry(params, (2,))
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, carry, xs))
+    expected = linear.min_lstm()(*wide)
+    chex.assert_trees_all_close(run(params, xs), expected, rtol=1e-6, atol=1e-6)
+
+    def loss(params, xs):
+        return jnp.square(run(params, xs)[0]).sum()
+
+    chex.assert_tree_all_finite(jax.grad(loss, argnums=(0, 1))(params, xs))
+
+
+@pytest.mark.parametrize("option", [{"r_max": 1.5}, {"r_min": -0.1}, {"r_min": 1.0}])
+def test_a_ring_that_is_none_is_refused(option):
+    message = "^LRU.r_min, r_max: must be 0 <= r_min < r_max <= 1, got "
+    with pytest.raises(ValueError, match=message):
+        jlstm.LRU(4, **option)
+    with pytest.raises(ValueError, match=r"^LRU.max_phase: must be > 0, got 0$"):
+        jlstm.LRU(4, max_phase=0)
+    with pytest.raises(ValueError, match=r"^LRU.state_size: must be a positive int"):
+        jlstm.LRU(4, state_size=0)
+
+
+def test_eigenvalues_begin_in_the_ring():
+    cell = jlstm.LRU(2, state_size=500, r_min=0.5, r_max=0.9, max_phase=1.0)
+    params = cell.init(KEY, jnp.zeros((1, 3)))
+    re, im = lru_eigenvalues(params)
+    modulus, phase = jnp.hypot(re, im), jnp.arctan2(im, re)
+    assert 0.499 < modulus.min() < 0.55 < 0.85 < modulus.max() < 0.901
+    assert 0 < phase.min() < 0.05 < 0.95 < phase.max() < 1.001
+    close(jnp.exp(2 * params.gamma_log), 1 - modulus**2, rtol=1e-3)
 
 
 # What is linear, and what is not.

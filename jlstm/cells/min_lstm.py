@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine, fresh, gates
+from jlstm.cells.gates import affine, fresh
 from jlstm.init import per_gate
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
@@ -51,8 +51,10 @@ def min_lstm_update(
     """Applies the gates to the pre-activations ``zx [..., 3H]``."""
     del params, zh
     z_i, z_f, z_g = jnp.split(zx, 3, axis=-1)
-    # f / (f + i), by logarithms: far below zero both gates would round to zero.
-    (keep,) = gates(jax.nn.softplus(-z_i) - jax.nn.softplus(-z_f), "s")
+    # By e^-i and e^-f, scaled to be at most 1: far below zero both gates would be zero.
+    most = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(-z_i, -z_f), 0))
+    one, i, f = jnp.exp(-most), jnp.exp(-z_i - most), jnp.exp(-z_f - most)
+    keep = (one + i) / (one + i + one + f)
     g = activation(z_g)
     h = g - keep * g + keep * carry.h
     return MinLSTMCarry(h), h

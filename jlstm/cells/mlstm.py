@@ -78,14 +78,7 @@ def mlstm_gates(
 
 
 def mlstm_read(o: Array, values: Array, weight: Array, m: Array) -> Array:
-    """Normalises what a query has read, ``[..., H]``.
-
-    Args:
-      o: the output gate, ``[..., H]``.
-      values: ``q C e^-m``, ``[..., N, H/N]``.
-      weight: ``q . n e^-m``, ``[..., N]``.
-      m: ``[..., N]``.
-    """
+    """Normalises ``values``, ``q C e^-m``, by ``weight``, ``q . n e^-m``."""
     # Both sides of the fraction times e^m where m < 0, so that nothing overflows.
     scale, least = jnp.exp(jnp.minimum(m, 0)), jnp.exp(-jnp.maximum(m, 0))
     info = jnp.finfo(m.dtype)  # a query of zeros reads zeros, and so does its gradient
@@ -212,19 +205,18 @@ class MLSTM:
 
     def init(self, key: Array, x: Array) -> MLSTMParams:
         """Makes params for inputs like ``x [..., D]``."""
-        keys, dtype = jax.random.split(key, 12), float_dtype(x)
+        keys, dtype = jax.random.split(key), float_dtype(x)
         count, size, _ = self._sizes
         parts = [count * size] * 2 + [self.hidden_size] * 2 + [count] * 2
-        w = [
-            self.w_ih_init(k, (x.shape[-1], part), dtype)
-            for k, part in zip(keys[:6], parts, strict=True)
-        ]
-        b = [
-            self.b_init(k, (part,), dtype)
-            for k, part in zip(keys[6:], parts, strict=True)
-        ]
-        b[-1] += jnp.asarray(self.forget_bias, dtype)
-        return MLSTMParams(jnp.concatenate(w, axis=-1), jnp.concatenate(b))
+
+        def join(init: Initializer, key: Array, *lead: int) -> Array:
+            pairs = zip(jax.random.split(key, 6), parts, strict=True)
+            made = [init(k, (*lead, part), dtype) for k, part in pairs]
+            return jnp.concatenate(made, axis=-1)
+
+        b = join(self.b_init, keys[1])
+        b = b.at[-count:].add(jnp.asarray(self.forget_bias, dtype))
+        return MLSTMParams(join(self.w_ih_init, keys[0], x.shape[-1]), b)
 
     def init_carry(
         self, params: MLSTMParams, batch_shape: tuple[int, ...]

@@ -487,6 +487,7 @@ def _reduce_sum(graph: Graph, eqn: Any, given: list) -> list[Row | Sum]:
 
 
 _MOVES = ("reshape", "squeeze", "copy", "copy_p", "convert_element_type")
+_MOVES += ("stop_gradient",)
 _COLUMNS: dict[str, Callable] = {
     **dict.fromkeys((*_MOVES, "broadcast_in_dim"), _move),
     "split": _split,
