@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +158,10 @@ def main(config: Config) -> dict[str, Any]:
     curves = {
         name: curve for members in found.values() for name, curve in members.items()
     }
+    write = train.write_jsonl(workdir.metrics)
+    for t in range(1, config.length + 1):
+        at_t = {name: float(curve[t - 1]) for name, curve in curves.items()}
+        write(train.Report(t, config.length, cast(Any, None), at_t))
     at = [t for t in (1, 10, 100, config.length) if t <= config.length]
     print(f"{'':24}{'half-life':>10}" + "".join(f"{f'T = {t}':>12}" for t in at))
     for name, curve in curves.items():
