@@ -357,7 +357,9 @@ def test_a_policy_and_an_embedding_are_seen_through():
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit]
+)
 @cells
 def test_meshes_change_nothing(cell, kind):
     xs = random_like(jnp.zeros((4, 19, SIZE)), seed=0)

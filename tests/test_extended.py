@@ -150,7 +150,17 @@ def test_cell_obeys_the_laws_of_sequences():
     check_cell(CELL, implementations=("chunkwise",), smooth=False)
 
 
-@pytest.mark.parametrize("flags", [{}, {"mask": None}, {"resets": None}])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        pytest.param({"mask": None}, marks=SLOW),
+        pytest.param({"resets": None}, marks=SLOW),
+    ],
+)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_chunks_join_without_a_seam(reverse, flags):
     flags = flags | {"reverse": reverse, "return_carries": True}

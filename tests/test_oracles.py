@@ -22,12 +22,8 @@ CASES = [
 # Of each shape that a gated form may take; the others meet the laws with the slow.
 SHAPES = (
     jlstm.PeepholeLSTM,
-    jlstm.LSTMP,
-    jlstm.MultiHeadGRU,
     jlstm.ConvLSTM,
     jlstm.GRUD,
-    jlstm.LRU,
-    jlstm.MLSTM,
     jlstm.SLSTM,
     jlstm.Zoneout,
 )

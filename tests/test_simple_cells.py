@@ -293,7 +293,7 @@ STRIDED = jlstm.ConvLSTM(2, 2, (3, 2), strides=(2, 1), learned_carry=True)
 @pytest.mark.parametrize(
     "layer",
     [
-        jlstm.stack(jlstm.bidirectional(CONV), jlstm.RNN(STRIDED)),
+        slow(jlstm.stack(jlstm.bidirectional(CONV), jlstm.RNN(STRIDED))),
         slow(jlstm.bidirectional(CONV, jlstm.ConvLSTM(2, 3, (3, 2)))),
         slow(jlstm.RNN(STRIDED, reverse=True, checkpoint_every=2)),
     ],
