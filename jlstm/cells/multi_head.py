@@ -13,7 +13,14 @@ from jlstm.cells.gates import add_vector, affine, fresh, gates, tanh
 from jlstm.cells.gru import GRUCarry
 from jlstm.cells.lstm import LSTMCarry
 from jlstm.init import per_gate
-from jlstm.types import Array, Initializer, check_positive, config, float_dtype
+from jlstm.types import (
+    Array,
+    Initializer,
+    check_divides,
+    check_positive,
+    config,
+    float_dtype,
+)
 
 
 @struct.dataclass
@@ -40,11 +47,7 @@ def _product(h: Array, w_hh: Array) -> Array:
 
 def _check_heads(cell: Any) -> None:
     check_positive(cell, "hidden_size", "num_heads")
-    if cell.hidden_size % cell.num_heads:
-        raise ValueError(
-            f"{type(cell).__name__}.num_heads: must divide hidden_size="
-            f"{cell.hidden_size}, got {cell.num_heads}"
-        )
+    check_divides(cell, "num_heads", "hidden_size")
 
 
 def _heads_init(
