@@ -505,6 +505,7 @@ def explain(
         raise error(
             "explain", f"needs a cell, got the layer {cell!r}; see summary for layers"
         )
+    check_hashable(cell, "explain")
     request = _request(
         xs, xs, lengths, mask, resets, reverse, return_carries, checkpoint_every
     )

@@ -169,6 +169,40 @@ def test_chunks_join_without_a_seam(reverse, flags):
         close(results(Chunks(steps), **flags), expected)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("cell", "name", "value"),
+    [
+        (CELL, "chunkwise", np.nan),
+        (CELL, "parallel", np.nan),
+        (jlstm.LRU(3, state_size=2), "associative", np.inf),
+        (jlstm.MinLSTM(4), "associative", np.nan),
+    ],
+    ids=repr,
+)
+def test_what_is_not_finite_reaches_what_it_does_in_a_scan(cell, name, value, reverse):
+    with jax.enable_x64(True):
+        xs = np.array(jax.random.normal(KEY, (4, TIME, SIZE), np.float64))
+        xs[0, 3, 1] = xs[2, 6, 0] = value
+        resets = np.zeros((4, TIME), bool)
+        resets[0, [0, 5]] = resets[2, [2, 9]] = resets[3, [1, 6]] = True
+        params = cell.init(KEY, xs[:, 0])
+        carry = random_like(cell.init_carry(params, (4,)), 1)
+        carry = jax.tree.map(lambda leaf: leaf.at[3].set(jnp.nan), carry)
+
+        options: Any = {"resets": resets, "reverse": reverse, "return_carries": True}
+        run = partial(jlstm.unroll, cell, params, xs, carry, **options)
+        want = run(implementation="scan")
+        got = run(
+            implementation=name, checkpoint_every=None if name == "parallel" else 4
+        )
+        finite = partial(jax.tree.map, np.isfinite)
+        chex.assert_trees_all_equal(finite(got), finite(want))
+        clean = partial(jax.tree.map, lambda x: np.where(np.isfinite(x), x, 0))
+        close(clean(got), clean(want))
+        assert 0 < np.isfinite(want[0]).mean() < 1
+
+
 @pytest.mark.parametrize("every", [1, 4, 100])
 def test_checkpoints_change_nothing(every):
     close(results(Chunks(5), checkpoint_every=every), results(SCAN))

@@ -8,7 +8,8 @@ step:
     (a_1, b_1) \circ (a_2, b_2) = (a_2 \odot a_1,\; a_2 \odot b_1 + b_2)
 
 so that ``lax.associative_scan`` finds all carries of a block of steps in a number of
-turns that grows as the logarithm of the block. :math:`b_t` is ``update`` of a carry of
+turns that grows as the logarithm of the block. A reset is a step that keeps nothing of
+those before, be they finite or not. :math:`b_t` is ``update`` of a carry of
 zeros and :math:`a_t` its derivative; where leaves of a carry read each other, as a real
 and an imaginary part do, the :math:`a_t` of an element is a small matrix. The outputs
 are ``update`` once more, of the carries before each step.
@@ -29,11 +30,13 @@ from jlstm.kernels import affine, blocks, fused, scan
 from jlstm.kernels.request import Request, may_be_sharded
 from jlstm.types import Array, Cell, PyTree, where_rows, zero_rows
 
-# The carries of a block take about so many bytes: on a CPU they stay in its caches.
+# The carries of a block take about so many bytes: on a CPU they stay in its caches. No
+# other platform was measured.
 BYTES = {"cpu": 1 << 18}
 ELSEWHERE = 1 << 25
 
 Factors = dict[tuple[int, int], Array]  # by the leaf after and the leaf before
+Step = tuple[Factors, list[Array], Array | None]  # and whether it begins anew
 
 
 def why_not(cell: Cell, request: Request) -> str | None:
@@ -124,7 +127,7 @@ def unroll(
             summands = where_rows(reset, started, summands)
             factors = zero_rows(~reset, factors)
         first = jax.tree.leaves(carry)
-        carries = _solve(reverse, factors, summands, first)
+        carries = _solve(reverse, reset, factors, summands, first)
         before = tree.unflatten(_before(reverse, carries, first))
         if reset is not None:
             before = where_rows(reset, each_fresh, before)
@@ -155,16 +158,19 @@ def _apply(factors: Factors, summands: list[Array], carry: list[Array]) -> list[
     return made
 
 
-def _then(first: tuple, second: tuple) -> tuple[Factors, list[Array]]:
+def _then(first: Step, second: Step) -> Step:
     """Two steps as one."""
-    factors, summands = second
+    factors, summands, reset = second
     made: Factors = {}
     for (i, k), left in factors.items():
         for (other, j), right in first[0].items():
             if k == other:
                 product = left * right
                 made[i, j] = made[i, j] + product if (i, j) in made else product
-    return made, _apply(factors, summands, first[1])
+    both = made, _apply(factors, summands, first[1])
+    if reset is None:
+        return *both, None
+    return *where_rows(reset, (factors, summands), both), reset | first[2]
 
 
 def _before(reverse: bool, carries: list[Array], first: list[Array]) -> list[Array]:
@@ -178,29 +184,35 @@ def _before(reverse: bool, carries: list[Array], first: list[Array]) -> list[Arr
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _solve(
-    reverse: bool, factors: Factors, summands: list[Array], first: list[Array]
+    reverse: bool,
+    reset: Array | None,
+    factors: Factors,
+    summands: list[Array],
+    first: list[Array],
 ) -> list[Array]:
     """The carries after each step, of the one before all of them."""
     start = -1 if reverse else 0
     # What the first step makes of the carry goes to its summand.
-    begun = _apply(
-        jax.tree.map(lambda leaf: leaf[start], factors),
-        [leaf[start] for leaf in summands],
-        first,
-    )
+    at_start = jax.tree.map(lambda leaf: leaf[start], (factors, summands))
+    begun = _apply(*at_start, first)
+    if reset is not None:
+        begun = where_rows(reset[start], at_start[1], begun)
     begun = [
         jnp.concatenate([a[:-1], b[None]] if reverse else [b[None], a[1:]])
         for a, b in zip(summands, begun, strict=True)
     ]
-    return jax.lax.associative_scan(_then, (factors, begun), reverse=reverse)[1]
+    steps = factors, begun, reset
+    return jax.lax.associative_scan(_then, steps, reverse=reverse)[1]
 
 
 @_solve.defjvp
 def _solve_jvp(reverse: bool, primals: tuple, tangents: tuple) -> tuple:
     # JAX's own would take the tangents of all products of factors.
-    factors, _, first = primals
-    dfactors, dsummands, dfirst = tangents
+    reset, factors, _, first = primals
+    _, dfactors, dsummands, dfirst = tangents
     carries = _solve(reverse, *primals)
     before = _before(reverse, carries, first)
+    if reset is not None:
+        before = zero_rows(~reset, before)
     dsummands = _apply(dfactors, dsummands, before)
-    return carries, _solve(reverse, factors, dsummands, dfirst)
+    return carries, _solve(reverse, reset, factors, dsummands, dfirst)

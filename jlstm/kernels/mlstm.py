@@ -17,7 +17,9 @@ step form too,
 and alike for :math:`n`. ``"parallel"`` takes the whole sequence as one chunk, whose
 work grows as its square; ``"chunkwise"`` hands the carry from chunk to chunk. A masked
 step has :math:`\log f = 0` and :math:`\log i = -\infty`; a reset begins with the
-fresh carry, and parts what is before it from what is after.
+fresh carry, and parts what is before it from what is after. What is not finite is taken
+out of the products, where no weight of zero would stop it, and makes NaN of the steps
+that it reaches.
 
 Differentiated by JAX, in every mode.
 """
@@ -25,6 +27,7 @@ Differentiated by JAX, in every mode.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -89,9 +92,11 @@ class Chunks:
             xs, valid, reset = _flip(inputs) if reverse else inputs
             zx = blocks.over_steps(cell.project, params, xs, 0, sharded=sharded)
             before, begun = jax.tree.map(lambda a: a.astype(zx.dtype), (carry, fresh))
+            sound = _finite(zx, 2), _finite(before, 1)
+            zx, before = zero_rows(sound[0], zx), zero_rows(sound[1], before)
             gates = mlstm_gates(zx, carry.c.shape[-3:], exp_forget)
             carries, ys = _chunk(
-                gates, before, begun, valid, reset, every=return_carries
+                gates, before, begun, valid, reset, sound, every=return_carries
             )
             made = carries, zero_rows(valid, ys)
             carries, ys = jax.tree.map(lambda a, b: a.astype(b.dtype), made, like)
@@ -110,6 +115,13 @@ class Chunks:
 
 # Steps of a chunk: more are more work for each, fewer carry the memory more often.
 CHUNKWISE, PARALLEL = Chunks(64), Chunks(None)
+
+
+def _finite(tree: PyTree, axes: int) -> Array:
+    """Which rows, or steps of rows, have nothing else."""
+    flags = [jnp.isfinite(leaf) for leaf in jax.tree.leaves(tree)]
+    each = [f.all(axis=tuple(range(axes, f.ndim))) for f in flags]
+    return functools.reduce(jnp.logical_and, each)
 
 
 def _flip(tree: PyTree) -> PyTree:
@@ -137,10 +149,13 @@ def _chunk(
     fresh: MLSTMCarry,
     valid: Array | None,
     reset: Array | None,
+    sound: tuple[Array, Array],
     *,
     every: bool,
 ) -> tuple[MLSTMCarry, Array]:
     """Takes the steps of a chunk, ``[k, B, ...]``, in the order of time.
+
+    ``sound`` says of which steps, and rows of ``before``, the zeros are no numbers.
 
     Returns:
       The carries after every step, or the last alone, and the outputs.
@@ -151,25 +166,27 @@ def _chunk(
     log_i, log_f = (jnp.moveaxis(z, 0, -1) for z in (log_i, log_f))  # [B, N, k]
     total, error = _sums(log_f)
     steps = jnp.arange(len(q))
-    seen = (steps[None, :] <= steps[:, None])[None, None]  # [B, N, t, s]
+    seen = (steps[None, :] <= steps[:, None])[None]  # [B, t, s]
+    begun = jnp.ones((1, len(q)), bool)  # by the carry before
     # What carries weigh at each step: the one before, and the fresh one after resets.
     carries = [(total + error + before.m[..., None], before)]
     if reset is not None:
         segment = jnp.cumsum(reset.T, axis=-1, dtype=jnp.int32)  # [B, k]
         together = segment[:, :, None] == segment[:, None, :]
-        seen &= together[:, None]
+        seen &= together
         begins = (together & reset.T[:, None, :]).astype(total.dtype)
         later = total - jnp.einsum("bts,bns->bnt", begins, total)
         later += error + jnp.einsum("bts,bns->bnt", begins, log_f - error)
         later += fresh.m[..., None]
-        none = (segment == 0)[:, None]
+        begun = segment == 0
         carries = [
-            (jnp.where(none, carries[0][0], -jnp.inf), before),
-            (jnp.where(none, -jnp.inf, later), fresh),
+            (jnp.where(begun[:, None], carries[0][0], -jnp.inf), before),
+            (jnp.where(begun[:, None], -jnp.inf, later), fresh),
         ]
+    spoilt = (seen & ~sound[0].T[:, None]).any(-1) | (begun & ~sound[1][:, None])
     written = total[..., :, None] - total[..., None, :]
     written += error[..., :, None] + (log_i - error)[..., None, :]
-    written = jnp.where(seen, written, -jnp.inf)
+    written = jnp.where(seen[:, None], written, -jnp.inf)
     m = written.max(-1)
     for weight, _ in carries:
         m = jnp.maximum(m, weight)
@@ -189,4 +206,12 @@ def _chunk(
         n += held[ends] * carry.n[None]
         c += held[ends][..., None] * carry.c[None]
     weights, m = (jnp.moveaxis(z, -1, 0) for z in (weights, m))
-    return MLSTMCarry(c, n, m[ends]), mlstm_read(o, values, weights, m)
+
+    unit = jnp.where(spoilt.T, jnp.nan, jnp.ones_like(spoilt.T, m.dtype))
+
+    def spoil(flags: Array, leaf: Array) -> Array:
+        return leaf * flags.reshape(*flags.shape, *(1,) * (leaf.ndim - 2))
+
+    carries = MLSTMCarry(c, n, m[ends])
+    carries = jax.tree.map(functools.partial(spoil, unit[ends]), carries)
+    return carries, spoil(unit, mlstm_read(o, values, weights, m))

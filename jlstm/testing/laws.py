@@ -362,6 +362,15 @@ def check_resets(subject: Any, case: Case, run: Runner, **options: Any) -> None:
         assert_close(whole["d_params"], jax.tree.map(lambda *g: sum(g), *parts))
         both = jax.tree.map(np.add, first["d_xs"], second["d_xs"])
         assert_close(whole["d_xs"], both)
+    if options.get("reverse"):
+        return  # there a reset parts the step before it, so that none comes first
+    with law("a reset leaves nothing of a carry that is not finite", subject, run):
+        lost = _map(
+            lambda x: np.full_like(x, np.nan) if is_inexact(x) else x, case.carry
+        )
+        resets = np.broadcast_to(np.arange(TIME) == 0, (BATCH, TIME))
+        anew = run(case, mask=mask, resets=resets)
+        assert_close(run(case.but(carry=lost), mask=mask, resets=resets), anew)
 
 
 def check_vmap(subject: Any, case: Case, run: Runner) -> None:

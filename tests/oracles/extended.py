@@ -69,16 +69,15 @@ def mlstm(exp_forget: bool = False) -> Any:
     return loop(step)
 
 
-# The largest of two has a kink, and so has the weight of an mLSTM.
 CASES = [
-    Case(jlstm.SLSTM(4, num_heads=2), slstm(), "Beck 2024", smooth=False),
+    Case(jlstm.SLSTM(4, num_heads=2), slstm(), "Beck 2024"),
     pytest.param(
-        Case(jlstm.SLSTM(3, exp_forget=True), slstm(True), "Beck 2024", smooth=False),
+        Case(jlstm.SLSTM(3, exp_forget=True), slstm(True), "Beck 2024"),
         marks=pytest.mark.slow,
     ),
-    Case(jlstm.MLSTM(4, 2, key_size=3), mlstm(), "Beck 2024", smooth=False),
+    Case(jlstm.MLSTM(4, 2, key_size=3), mlstm(), "Beck 2024"),
     pytest.param(
-        Case(jlstm.MLSTM(3, exp_forget=True), mlstm(True), "Beck 2024", smooth=False),
+        Case(jlstm.MLSTM(3, exp_forget=True), mlstm(True), "Beck 2024"),
         marks=pytest.mark.slow,
     ),
 ]
