@@ -226,6 +226,17 @@ def per_gate(
     return jnp.concatenate([init(k, shape, dtype) for k in keys], axis=-1)
 
 
+def per_head(
+    init: Initializer, key: Array, heads: int, gates: int, size: int, dtype: Any
+) -> Array:
+    """Draws a recurrent matrix a head, gate by gate, ``[heads, n, gates * n]``.
+
+    That is for ``n = size / heads``.
+    """
+    keys, shape = jax.random.split(key, heads), (size // heads, size // heads)
+    return jnp.stack([per_gate(init, k, gates, shape, dtype) for k in keys])
+
+
 # The distributions of other libraries, so that runs can be compared with theirs.
 
 

@@ -17,6 +17,8 @@ from jlstm.cells.gates import (
     convolve,
     fresh,
     gates,
+    heads_product,
+    normalise,
     positive,
     row,
     sigmoid,
@@ -31,12 +33,14 @@ from jlstm.cells.gru import (
 )
 from jlstm.cells.gru_d import GRUD, GRUDCarry, GRUDInput, GRUDParams, gru_d_step
 from jlstm.cells.ind_rnn import IndRNN, IndRNNCarry, IndRNNParams, ind_rnn_step
-from jlstm.cells.layer_norm import (
+from jlstm.cells.layer_norm_gru import (
     LayerNormGRU,
     LayerNormGRUParams,
+    layer_norm_gru_step,
+)
+from jlstm.cells.layer_norm_lstm import (
     LayerNormLSTM,
     LayerNormLSTMParams,
-    layer_norm_gru_step,
     layer_norm_lstm_step,
 )
 from jlstm.cells.lru import LRU, LRUCarry, LRUParams, lru_step
@@ -46,12 +50,14 @@ from jlstm.cells.mgu import MGU, MGUCarry, MGUParams, mgu_reset_after_step, mgu_
 from jlstm.cells.min_gru import MinGRU, MinGRUCarry, MinGRUParams, min_gru_step
 from jlstm.cells.min_lstm import MinLSTM, MinLSTMCarry, MinLSTMParams, min_lstm_step
 from jlstm.cells.mlstm import MLSTM, MLSTMCarry, MLSTMParams, mlstm_step
-from jlstm.cells.multi_head import (
+from jlstm.cells.multi_head_gru import (
     MultiHeadGRU,
     MultiHeadGRUParams,
+    multi_head_gru_step,
+)
+from jlstm.cells.multi_head_lstm import (
     MultiHeadLSTM,
     MultiHeadLSTMParams,
-    multi_head_gru_step,
     multi_head_lstm_step,
 )
 from jlstm.cells.peephole import (
@@ -149,6 +155,7 @@ __all__ = [
     "gru_d_step",
     "gru_reset_before_step",
     "gru_step",
+    "heads_product",
     "ind_rnn_step",
     "inverse",
     "inverse_log",
@@ -164,6 +171,7 @@ __all__ = [
     "mlstm_step",
     "multi_head_gru_step",
     "multi_head_lstm_step",
+    "normalise",
     "peephole_lstm_step",
     "positive",
     "prepare",

@@ -1,4 +1,4 @@
-"""Arithmetic that cell authors share: affine maps, convolutions, activations."""
+"""Arithmetic that cell authors share: products, normalisation, activations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from jlstm.types import Array
+from jlstm.types import Array, common_dtype
 
 
 def affine(x: Array, w: Array, b: Array | None = None) -> Array:
@@ -29,6 +29,41 @@ def affine(x: Array, w: Array, b: Array | None = None) -> Array:
 def add_vector(z: Array, b: Array) -> Array:
     """Adds ``b [G]`` to ``z [..., G]``, legal where rank promotion is refused."""
     return z + row(b, z)
+
+
+def heads_product(h: Array, w_hh: Array) -> Array:
+    """Computes ``h @ w_hh`` head by head, for ``h [..., H]`` and ``w_hh [N, H/N, G]``.
+
+    The result, ``[..., NG]``, has in each of the ``GN/H`` gates one head after the
+    other, where those of ``w_hh`` have one gate after the other.
+
+    Example:
+      >>> jlstm.cells.heads_product(jnp.ones((2, 6)), jnp.ones((3, 2, 8))).shape
+      (2, 24)
+    """
+    heads, size, width = w_hh.shape
+    # One product a head: a batched one is slower on a CPU, and cannot run in C++.
+    weights = [w.reshape(size, width) for w in jnp.split(w_hh, heads)]
+    pairs = zip(jnp.split(h, heads, axis=-1), weights, strict=True)
+    by_head = [jnp.split(part @ w, width // size, axis=-1) for part, w in pairs]
+    by_gate = zip(*by_head, strict=True)
+    return jnp.concatenate([part for gate in by_gate for part in gate], axis=-1)
+
+
+def normalise(z: Array, gamma: Array) -> Array:
+    r"""Computes :math:`\gamma \odot (z - \mu) / \sqrt{\sigma^2 + 10^{-5}}`.
+
+    The moments are those of the last axis, in float32 at least.
+
+    Example:
+      >>> jlstm.cells.normalise(jnp.array([1.0, 3.0]), jnp.ones(2)).round(3).tolist()
+      [-1.0, 1.0]
+    """
+    wide = z.astype(common_dtype(z.dtype, jnp.float32))
+    centred = wide - wide.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    scaled = centred * jax.lax.rsqrt(variance + 1e-5)
+    return scaled.astype(z.dtype) * row(gamma, z)
 
 
 def convolve(

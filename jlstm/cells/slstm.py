@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine, fresh, gates
-from jlstm.init import per_gate
+from jlstm.cells.gates import affine, fresh, gates, heads_product
+from jlstm.init import per_gate, per_head
 from jlstm.types import (
     Array,
     Initializer,
@@ -47,12 +47,7 @@ def slstm_project(params: SLSTMParams, x: Array) -> Array:
 def slstm_mix(params: SLSTMParams, carry: SLSTMCarry, zx: Array) -> Array:
     """Computes the recurrent product, head by head, ``[..., 4H]``."""
     del zx
-    heads = jnp.split(carry.h, params.w_hh.shape[0], axis=-1)
-    # One product a head: a block-diagonal one would multiply zeros.
-    made = [
-        jnp.split(h @ w, 4, axis=-1) for h, w in zip(heads, params.w_hh, strict=True)
-    ]
-    return jnp.concatenate([head[gate] for gate in range(4) for head in made], axis=-1)
+    return heads_product(carry.h, params.w_hh)
 
 
 def slstm_update(
@@ -168,14 +163,12 @@ class SLSTM:
 
     def init(self, key: Array, x: Array) -> SLSTMParams:
         """Makes params for inputs like ``x [..., D]``."""
-        keys = jax.random.split(key, 2 + self.num_heads)
+        keys = jax.random.split(key, 3)
         size, dtype = self.hidden_size, float_dtype(x)
-        head = (size // self.num_heads,) * 2
-        blocks = [per_gate(self.w_hh_init, k, 4, head, dtype) for k in keys[2:]]
-        b = per_gate(self.b_init, keys[1], 4, (size,), dtype)
+        b = per_gate(self.b_init, keys[2], 4, (size,), dtype)
         return SLSTMParams(
             w_ih=per_gate(self.w_ih_init, keys[0], 4, (x.shape[-1], size), dtype),
-            w_hh=jnp.stack(blocks),
+            w_hh=per_head(self.w_hh_init, keys[1], self.num_heads, 4, size, dtype),
             b=b.at[size : 2 * size].add(jnp.asarray(self.forget_bias, dtype)),
         )
 

@@ -1,0 +1,164 @@
+"""LSTM whose pre-activations are normalised."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jlstm import init as initialisers
+from jlstm.cells.gates import add_vector, fresh, gates, normalise, tanh
+from jlstm.cells.lstm import LSTMCarry
+from jlstm.init import per_gate
+from jlstm.types import (
+    Array,
+    Initializer,
+    check_positive,
+    config,
+    float_dtype,
+)
+
+
+@struct.dataclass
+class LayerNormLSTMParams:
+    """Weights of a normalised LSTM; gates in the order i, f, g, o."""
+
+    w_ih: Array  # [D, 4H]
+    w_hh: Array  # [H, 4H]
+    b: Array  # [4H]
+    gamma_x: Array  # [4H], the scale of x @ w_ih
+    gamma_h: Array  # [4H], that of h @ w_hh
+    gamma_c: Array  # [H], that of the cell state
+    beta_c: Array  # [H], its shift
+    h0: Array | None = None  # [H], the learned fresh carry
+    c0: Array | None = None  # [H]
+
+
+def layer_norm_lstm_project(params: LayerNormLSTMParams, x: Array) -> Array:
+    """Computes the part of the pre-activations that depends on ``x`` alone."""
+    return add_vector(normalise(x @ params.w_ih, params.gamma_x), params.b)
+
+
+def layer_norm_lstm_mix(
+    params: LayerNormLSTMParams, carry: LSTMCarry, zx: Array
+) -> Array:
+    """Computes the recurrent product ``h @ w_hh``, ``[..., 4H]``."""
+    del zx
+    return carry.h @ params.w_hh
+
+
+def layer_norm_lstm_update(
+    params: LayerNormLSTMParams, carry: LSTMCarry, zx: Array, zh: Array
+) -> tuple[LSTMCarry, Array]:
+    """Normalises ``zh [..., 4H]``, and applies the gates."""
+    i, f, g, o = gates(zx + normalise(zh, params.gamma_h), "ssts")
+    c = f * carry.c + i * g
+    h = o * tanh(add_vector(normalise(c, params.gamma_c), params.beta_c))
+    return LSTMCarry(h, c), h
+
+
+def layer_norm_lstm_step(
+    params: LayerNormLSTMParams, carry: LSTMCarry, x: Array
+) -> tuple[LSTMCarry, Array]:
+    r"""Advances a normalised LSTM by one time step.
+
+    .. math::
+        N(z; \gamma) &= \gamma \odot \frac{z - \mu}{\sqrt{\sigma^2 + 10^{-5}}} \\
+        i, f, g, o &= N(x W_{ih}; \gamma_x) + N(h W_{hh}; \gamma_h) + b \\
+        c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
+        h' &= \sigma(o) \odot \tanh(N(c'; \gamma_c) + \beta_c)
+
+    with the mean and the variance of all four gates together.
+
+    Args:
+      params: ``w_ih [D, 4H]``, ``w_hh [H, 4H]``, ``b``, ``gamma_x`` and ``gamma_h``
+        ``[4H]``, ``gamma_c`` and ``beta_c`` ``[H]``.
+      carry: ``h`` and ``c`` of the step before, ``[..., H]`` each.
+      x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+
+    Returns:
+      The new carry, and the output ``[..., H]``, which is the new ``h``.
+
+    Example:
+      >>> cell, x = jlstm.LayerNormLSTM(8), jnp.ones((2, 3))
+      >>> params = cell.init(jax.random.key(0), x)
+      >>> carry, y = cell.step(params, cell.init_carry(params, (2,)), x)
+      >>> y.shape
+      (2, 8)
+
+    References:
+      Ba, Kiros & Hinton, Layer normalization, 2016.
+    """
+    zx = layer_norm_lstm_project(params, x)
+    zh = layer_norm_lstm_mix(params, carry, zx)
+    return layer_norm_lstm_update(params, carry, zx, zh)
+
+
+@config
+class LayerNormLSTM:
+    """Normalised LSTM; see :func:`jlstm.cells.layer_norm_lstm_step` for the formula.
+
+    Where inputs, carry and biases are all zero, each step multiplies gradients by
+    hundreds or more, since it divides by the root of :math:`10^{-5}`; ten such steps
+    overflow. Mask them, or give ``b_init=jlstm.init.Normal(0.1)``.
+
+    Attributes:
+      hidden_size: ``H``.
+      forget_bias: added to the forget gate's bias at init.
+      learned_carry: learns the fresh carry, which starts at zero.
+      w_ih_init: initialiser of ``w_ih``, gate by gate.
+      w_hh_init: initialiser of ``w_hh``, gate by gate.
+      gamma_init: initialiser of the scales.
+      b_init: initialiser of the biases, before ``forget_bias``, and of ``beta_c``.
+
+    Example:
+      >>> layer = jlstm.RNN(jlstm.LayerNormLSTM(8))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), xs), xs)
+      >>> ys.shape
+      (2, 5, 8)
+    """
+
+    hidden_size: int
+    forget_bias: float = 1.0
+    learned_carry: bool = False
+    w_ih_init: Initializer = initialisers.glorot_uniform
+    w_hh_init: Initializer = initialisers.orthogonal
+    gamma_init: Initializer = initialisers.ones
+    b_init: Initializer = initialisers.zeros
+
+    project = staticmethod(layer_norm_lstm_project)
+    mix = staticmethod(layer_norm_lstm_mix)
+    update = staticmethod(layer_norm_lstm_update)
+    step = staticmethod(layer_norm_lstm_step)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden_size")
+
+    def init(self, key: Array, x: Array) -> LayerNormLSTMParams:
+        """Makes params for inputs like ``x [..., D]``."""
+        keys = jax.random.split(key, 7)
+        size, dtype = self.hidden_size, float_dtype(x)
+        b = per_gate(self.b_init, keys[2], 4, (size,), dtype)
+        zeros = jnp.zeros((size,), dtype) if self.learned_carry else None
+        return LayerNormLSTMParams(
+            w_ih=per_gate(self.w_ih_init, keys[0], 4, (x.shape[-1], size), dtype),
+            w_hh=per_gate(self.w_hh_init, keys[1], 4, (size, size), dtype),
+            b=b.at[size : 2 * size].add(jnp.asarray(self.forget_bias, dtype)),
+            gamma_x=per_gate(self.gamma_init, keys[3], 4, (size,), dtype),
+            gamma_h=per_gate(self.gamma_init, keys[4], 4, (size,), dtype),
+            gamma_c=self.gamma_init(keys[5], (size,), dtype),
+            beta_c=self.b_init(keys[6], (size,), dtype),
+            h0=zeros,
+            c0=zeros,
+        )
+
+    def init_carry(
+        self, params: LayerNormLSTMParams, batch_shape: tuple[int, ...]
+    ) -> LSTMCarry:
+        """Makes the fresh carry, ``[*batch_shape, H]`` each."""
+        h, c = (
+            fresh(leaf, self.hidden_size, batch_shape, params.w_hh)
+            for leaf in (params.h0, params.c0)
+        )
+        return LSTMCarry(h, c)

@@ -1,0 +1,156 @@
+"""LSTM in heads: a head's recurrent weights meet its own ``h`` alone."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jlstm import init as initialisers
+from jlstm.cells.gates import affine, fresh, gates, heads_product, tanh
+from jlstm.cells.lstm import LSTMCarry
+from jlstm.init import per_gate, per_head
+from jlstm.types import (
+    Array,
+    Initializer,
+    check_divides,
+    check_positive,
+    config,
+    float_dtype,
+)
+
+
+@struct.dataclass
+class MultiHeadLSTMParams:
+    """Weights of an LSTM of ``N`` heads; gates in the order i, f, g, o."""
+
+    w_ih: Array  # [D, 4H], in each gate head by head
+    w_hh: Array  # [N, H/N, 4H/N], in each head gate by gate
+    b: Array  # [4H]
+    h0: Array | None = None  # [H], the learned fresh carry
+    c0: Array | None = None  # [H]
+
+
+def multi_head_lstm_project(params: MultiHeadLSTMParams, x: Array) -> Array:
+    """Computes the part of the pre-activations that depends on ``x`` alone."""
+    return affine(x, params.w_ih, params.b)
+
+
+def multi_head_lstm_mix(
+    params: MultiHeadLSTMParams, carry: LSTMCarry, zx: Array
+) -> Array:
+    """Computes the recurrent products of the heads, ``[..., 4H]``."""
+    del zx
+    return heads_product(carry.h, params.w_hh)
+
+
+def multi_head_lstm_update(
+    params: MultiHeadLSTMParams, carry: LSTMCarry, zx: Array, zh: Array
+) -> tuple[LSTMCarry, Array]:
+    """Applies the gates to the pre-activations ``zx + zh``, ``[..., 4H]``."""
+    del params
+    i, f, g, o = gates(zx + zh, "ssts")
+    c = f * carry.c + i * g
+    h = o * tanh(c)
+    return LSTMCarry(h, c), h
+
+
+def multi_head_lstm_step(
+    params: MultiHeadLSTMParams, carry: LSTMCarry, x: Array
+) -> tuple[LSTMCarry, Array]:
+    r"""Advances an LSTM of several heads by one time step.
+
+    .. math::
+        i, f, g, o &= x W_{ih} + (h_1 W_{hh,1}, \dots, h_N W_{hh,N}) + b \\
+        c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
+        h' &= \sigma(o) \odot \tanh(c')
+
+    where :math:`h_n` are the ``H/N`` features of head n, so that heads meet in the
+    layer above alone.
+
+    Args:
+      params: ``w_ih [D, 4H]``, ``w_hh [N, H/N, 4H/N]``, ``b [4H]``, for ``N`` heads.
+      carry: ``h`` and ``c`` of the step before, ``[..., H]`` each.
+      x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
+
+    Returns:
+      The new carry, and the output ``[..., H]``, which is the new ``h``.
+
+    Example:
+      >>> cell, x = jlstm.MultiHeadLSTM(8, num_heads=2), jnp.ones((2, 3))
+      >>> params = cell.init(jax.random.key(0), x)
+      >>> carry, y = cell.step(params, cell.init_carry(params, (2,)), x)
+      >>> y.shape, params.w_hh.shape
+      ((2, 8), (2, 4, 16))
+
+    References:
+      Beck et al., xLSTM: extended long short-term memory, 2024 (heads).
+    """
+    zx = multi_head_lstm_project(params, x)
+    zh = multi_head_lstm_mix(params, carry, zx)
+    return multi_head_lstm_update(params, carry, zx, zh)
+
+
+@config
+class MultiHeadLSTM:
+    """LSTM in heads; see :func:`jlstm.cells.multi_head_lstm_step` for the formula.
+
+    With one head, it is :class:`jlstm.LSTM`.
+
+    Attributes:
+      hidden_size: ``H``, of all heads together.
+      num_heads: ``N``, which divides ``H``.
+      forget_bias: added to the forget gate's bias at init.
+      learned_carry: learns the fresh carry, which starts at zero.
+      w_ih_init: initialiser of ``w_ih``, gate by gate.
+      w_hh_init: initialiser of ``w_hh``, head by head and gate by gate.
+      b_init: initialiser of the biases, before ``forget_bias``.
+
+    Example:
+      >>> layer = jlstm.RNN(jlstm.MultiHeadLSTM(8, num_heads=2))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> ys, carry = layer.apply(layer.init(jax.random.key(0), xs), xs)
+      >>> ys.shape
+      (2, 5, 8)
+    """
+
+    hidden_size: int
+    num_heads: int
+    forget_bias: float = 1.0
+    learned_carry: bool = False
+    w_ih_init: Initializer = initialisers.glorot_uniform
+    w_hh_init: Initializer = initialisers.orthogonal
+    b_init: Initializer = initialisers.zeros
+
+    project = staticmethod(multi_head_lstm_project)
+    mix = staticmethod(multi_head_lstm_mix)
+    update = staticmethod(multi_head_lstm_update)
+    step = staticmethod(multi_head_lstm_step)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden_size", "num_heads")
+        check_divides(self, "num_heads", "hidden_size")
+
+    def init(self, key: Array, x: Array) -> MultiHeadLSTMParams:
+        """Makes params for inputs like ``x [..., D]``."""
+        keys = jax.random.split(key, 3)
+        size, dtype = self.hidden_size, float_dtype(x)
+        b = per_gate(self.b_init, keys[2], 4, (size,), dtype)
+        zeros = jnp.zeros((size,), dtype) if self.learned_carry else None
+        return MultiHeadLSTMParams(
+            w_ih=per_gate(self.w_ih_init, keys[0], 4, (x.shape[-1], size), dtype),
+            w_hh=per_head(self.w_hh_init, keys[1], self.num_heads, 4, size, dtype),
+            b=b.at[size : 2 * size].add(jnp.asarray(self.forget_bias, dtype)),
+            h0=zeros,
+            c0=zeros,
+        )
+
+    def init_carry(
+        self, params: MultiHeadLSTMParams, batch_shape: tuple[int, ...]
+    ) -> LSTMCarry:
+        """Makes the fresh carry, ``[*batch_shape, H]`` each."""
+        h, c = (
+            fresh(leaf, self.hidden_size, batch_shape, params.w_hh)
+            for leaf in (params.h0, params.c0)
+        )
+        return LSTMCarry(h, c)
