@@ -148,7 +148,14 @@ def test_steps_taken_as_one_batch_change_nothing(cell, one_batch):
     close(results(associative, cell), results(scan, cell))
 
 
-@pytest.mark.parametrize("every", [1, 4, 100])
+@pytest.mark.parametrize(
+    "every",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        4,
+        pytest.param(100, marks=pytest.mark.slow),
+    ],
+)
 def test_checkpoints_change_nothing(every):
     options = {"return_carries": True}
     found = results(associative, CELLS[2], checkpoint_every=every, **options)
@@ -358,9 +365,19 @@ def test_a_policy_and_an_embedding_are_seen_through():
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit]
+    ("cell", "kind"),
+    [
+        pytest.param(
+            cell,
+            kind,
+            marks=[]
+            if (cell, kind) == (CELLS[2], AxisType.Explicit)
+            else pytest.mark.slow,
+        )
+        for cell in CELLS
+        for kind in (AxisType.Auto, AxisType.Explicit)
+    ],
 )
-@cells
 def test_meshes_change_nothing(cell, kind):
     xs = random_like(jnp.zeros((4, 19, SIZE)), seed=0)
     lengths, resets = jnp.array([19, 0, 7, 12]), jnp.arange(76).reshape(4, 19) % 8 == 5

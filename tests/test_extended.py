@@ -27,6 +27,7 @@ CELL = jlstm.MLSTM(4, num_heads=2, key_size=3)
 MLSTMS = [case for case in extended.CASES[2:]]
 close = partial(chex.assert_trees_all_close, rtol=1e-10, atol=1e-12)
 kernels = pytest.mark.parametrize("name", ["chunkwise", "parallel"])
+SLOW = pytest.mark.slow
 forgets = pytest.mark.parametrize("exp_forget", [False, True])
 
 
@@ -150,9 +151,6 @@ def test_cell_obeys_the_laws_of_sequences():
     check_cell(CELL, implementations=("chunkwise",), smooth=False)
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -161,7 +159,7 @@ SLOW = pytest.mark.slow
         pytest.param({"resets": None}, marks=SLOW),
     ],
 )
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=SLOW)])
 def test_chunks_join_without_a_seam(reverse, flags):
     flags = flags | {"reverse": reverse, "return_carries": True}
     expected = results(SCAN, **flags)
@@ -174,9 +172,9 @@ def test_chunks_join_without_a_seam(reverse, flags):
     ("cell", "name", "value"),
     [
         (CELL, "chunkwise", np.nan),
-        (CELL, "parallel", np.nan),
+        pytest.param(CELL, "parallel", np.nan, marks=SLOW),
         (jlstm.LRU(3, state_size=2), "associative", np.inf),
-        (jlstm.MinLSTM(4), "associative", np.nan),
+        pytest.param(jlstm.MinLSTM(4), "associative", np.nan, marks=SLOW),
     ],
     ids=repr,
 )
@@ -203,7 +201,9 @@ def test_what_is_not_finite_reaches_what_it_does_in_a_scan(cell, name, value, re
         assert 0 < np.isfinite(want[0]).mean() < 1
 
 
-@pytest.mark.parametrize("every", [1, 4, 100])
+@pytest.mark.parametrize(
+    "every", [pytest.param(1, marks=SLOW), 4, pytest.param(100, marks=SLOW)]
+)
 def test_checkpoints_change_nothing(every):
     close(results(Chunks(5), checkpoint_every=every), results(SCAN))
 
@@ -284,7 +284,9 @@ def test_a_policy_and_an_embedding_are_seen_through():
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(AxisType.Auto, marks=SLOW), AxisType.Explicit]
+)
 def test_meshes_change_nothing(kind):
     xs = random_like(jnp.zeros((4, 19, SIZE)), seed=0)
     lengths, resets = jnp.array([19, 0, 7, 12]), jnp.arange(76).reshape(4, 19) % 8 == 5

@@ -135,8 +135,19 @@ def without_checkpoints(reverse):
 
 
 @kernels
-@pytest.mark.parametrize("every", [1, 4, TIME, 100])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("every", "reverse"),
+    [
+        (1, True),
+        (4, False),
+        (100, True),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(4, True, marks=pytest.mark.slow),
+        pytest.param(TIME, False, marks=pytest.mark.slow),
+        pytest.param(TIME, True, marks=pytest.mark.slow),
+        pytest.param(100, False, marks=pytest.mark.slow),
+    ],
+)
 def test_checkpoints_change_nothing(kernel, every, reverse):
     options = {"reverse": reverse, "return_carries": True, "checkpoint_every": every}
     found = results(kernel, jlstm.LSTM(3), **options)

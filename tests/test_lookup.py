@@ -71,7 +71,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ["LSTM", "a user's cell", "checkpoints", "frozen"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in MODELS],
+)
 def test_joined_layers_equal_those_one_after_another(name):
     model = MODELS[name]
     params = model.init(KEY, IDS)

@@ -59,10 +59,9 @@ WAYS = [
 ]
 
 
-# These take one loop in both directions, in one, and of XLA's, over both kinds of axes.
+# These take a loop over either kind of axes.
 FAST = [
     (WAYS[2], AxisType.Explicit),
-    (WAYS[3], AxisType.Explicit),
     (WAYS[4], AxisType.Auto),
 ]
 SLOW = [pytest.mark.slow]

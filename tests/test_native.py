@@ -205,9 +205,8 @@ for size in test_cross_entropy.SIZES.values():
 """
 
 
-@pytest.mark.parametrize(
-    "loops", ["portable", pytest.param("avx2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("loops", ["portable", "avx2"])
 def test_loops_for_other_processors_equal_the_reference(loops):
     environment = {**os.environ, "JLSTM_LOOPS": loops}
     here = Path(__file__).parent
@@ -221,7 +220,7 @@ def test_loops_for_other_processors_equal_the_reference(loops):
     ("cell", "every"),
     [
         (jlstm.LSTM(3), None),
-        (jlstm.GRU(3), 3),
+        pytest.param(jlstm.GRU(3), 3, marks=pytest.mark.slow),
         pytest.param(jlstm.LSTM(3), 3, marks=pytest.mark.slow),
         pytest.param(jlstm.GRU(3), None, marks=pytest.mark.slow),
     ],

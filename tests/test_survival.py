@@ -111,15 +111,16 @@ SIGNALLED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "number"),
     [
         ("data", signal.SIGTERM),
-        pytest.param("evaluation", signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param("evaluation", signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param("step", signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param("step", signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param("save", signal.SIGTERM, marks=pytest.mark.slow),
+        ("evaluation", signal.SIGTERM),
+        ("evaluation", signal.SIGINT),
+        ("step", signal.SIGTERM),
+        ("step", signal.SIGINT),
+        ("save", signal.SIGTERM),
     ],
 )
 def test_a_signal_saves_and_ends(tmp_path, whole, where, number):
