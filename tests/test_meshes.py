@@ -61,7 +61,7 @@ WAYS = [
 
 # These take a loop over either kind of axes.
 FAST = [
-    (WAYS[2], AxisType.Explicit),
+    (WAYS[3], AxisType.Explicit),
     (WAYS[4], AxisType.Auto),
 ]
 SLOW = [pytest.mark.slow]

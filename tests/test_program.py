@@ -141,6 +141,25 @@ def test_operation_equals_numpy(name):
     check_operations([name])
 
 
+@pytest.mark.parametrize("name", ["log", "log1p", "expm1", "exp", "tanh"])
+def test_operation_has_the_digits_of_float32(name):
+    sizes = 10.0 ** np.linspace(-36, 38, 1500)
+    near = np.linspace(-1, 1, 1501)
+    both = np.concatenate([sizes, -sizes, near, 1 + near / 1e3, near * 80])
+    x = both.astype(np.float32)
+    with np.errstate(all="ignore"):
+        expected = OPERATIONS[name][1](x.astype(np.float64))
+    kept = np.isfinite(expected) & (np.abs(expected) < 3e38)
+    kept &= (np.abs(expected) > 1e-37) | (expected == 0)
+    x, expected = x[kept][None, :, None], expected[kept]
+
+    def step(_, state, x):
+        return state, OPERATIONS[name][0](x)
+
+    found = run(step, (), jnp.zeros((x.size, 1)), x)[1].reshape(-1)
+    np.testing.assert_allclose(found, expected, rtol=6e-7)
+
+
 def test_zero_of_either_sign_stays():
     def step(_, state, x):
         return state, (jnp.where(x > 0, 0.0, -0.0), jnp.where(x > 0, -0.0, 0.0))
