@@ -160,7 +160,7 @@ def _apply(factors: Factors, summands: list[Array], carry: list[Array]) -> list[
 
 def _then(first: Step, second: Step) -> Step:
     """Two steps as one."""
-    factors, summands, reset = second
+    factors, summands, anew = second
     made: Factors = {}
     for (i, k), left in factors.items():
         for (other, j), right in first[0].items():
@@ -168,9 +168,9 @@ def _then(first: Step, second: Step) -> Step:
                 product = left * right
                 made[i, j] = made[i, j] + product if (i, j) in made else product
     both = made, _apply(factors, summands, first[1])
-    if reset is None:
+    if anew is None or first[2] is None:
         return *both, None
-    return *where_rows(reset, (factors, summands), both), reset | first[2]
+    return *where_rows(anew, (factors, summands), both), anew | first[2]
 
 
 def _before(reverse: bool, carries: list[Array], first: list[Array]) -> list[Array]:
@@ -193,10 +193,10 @@ def _solve(
     """The carries after each step, of the one before all of them."""
     start = -1 if reverse else 0
     # What the first step makes of the carry goes to its summand.
-    at_start = jax.tree.map(lambda leaf: leaf[start], (factors, summands))
-    begun = _apply(*at_start, first)
+    at_start = [leaf[start] for leaf in summands]
+    begun = _apply({ij: leaf[start] for ij, leaf in factors.items()}, at_start, first)
     if reset is not None:
-        begun = where_rows(reset[start], at_start[1], begun)
+        begun = where_rows(reset[start], at_start, begun)
     begun = [
         jnp.concatenate([a[:-1], b[None]] if reverse else [b[None], a[1:]])
         for a, b in zip(summands, begun, strict=True)
