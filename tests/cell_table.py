@@ -82,7 +82,8 @@ def enlarged(cell: Any, size: int) -> Any:
     """Gives a cell, or the cell in a wrapper, another size."""
     if hasattr(cell, "cell"):
         return dataclasses.replace(cell, cell=enlarged(cell.cell, size))
-    return dataclasses.replace(cell, hidden_size=size)
+    heads = getattr(cell, "num_heads", 1)
+    return dataclasses.replace(cell, hidden_size=size - size % heads)
 
 
 def speed(case: Case, size: tuple[int, ...]) -> float:

@@ -5,9 +5,44 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 import jlstm
 from tests.oracles import Case, loop, sigmoid
+
+
+def lstm(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Gers et al. (2000): with a forget gate, and as many biases as there are."""
+    h, c = carry
+    bias = p.b if p.b_hh is None else p.b + p.b_hh
+    w = np.concatenate([p.w_ih, p.w_hh])
+    i, f, g, o = np.split(np.concatenate([x, h], -1) @ w + bias, 4, -1)
+    c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+    h = sigmoid(o) * np.tanh(c)
+    return (h, c), h
+
+
+def gru(reset_after: bool) -> Any:
+    """Cho et al. (2014), the reset gate before the recurrent product or after it."""
+
+    def step(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+        (h,) = carry
+        x_r, x_z, x_n = np.split(x @ p.w_ih + p.b, 3, -1)
+        u_r, u_z, u_n = np.split(p.w_hh, 3, -1)
+        b_r, b_z, b_n = np.split(p.b_hh, 3)
+        r, z = sigmoid(x_r + h @ u_r + b_r), sigmoid(x_z + h @ u_z + b_z)
+        old = r * (h @ u_n + b_n) if reset_after else (r * h) @ u_n + b_n
+        h = (1 - z) * np.tanh(x_n + old) + z * h
+        return (h,), h
+
+    return step
+
+
+def elman(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Elman (1990)."""
+    (h,) = carry
+    h = np.tanh(x @ p.w_ih + h @ p.w_hh + p.b)
+    return (h,), h
 
 
 def peephole(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
@@ -151,7 +186,16 @@ def mgu_reset_after(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]
     return (h,), h
 
 
+def known(cell: Any, step: Any, source: str) -> Any:
+    """A cell that is held to torch with the fast tests."""
+    return pytest.param(Case(cell, loop(step), source), marks=pytest.mark.slow)
+
+
 CASES = [
+    known(jlstm.LSTM(3, double_bias=True, learned_carry=True), lstm, "torch"),
+    known(jlstm.GRU(3, double_bias=True), gru(True), "torch"),
+    known(jlstm.GRU(3, double_bias=True, reset_after=False), gru(False), "Keras"),
+    known(jlstm.Elman(3, learned_carry=True), elman, "torch"),
     Case(jlstm.PeepholeLSTM(3, learned_carry=True), loop(peephole), "Gers 2000"),
     Case(jlstm.CIFG(3, learned_carry=True), loop(cifg), "Greff 2017"),
     Case(

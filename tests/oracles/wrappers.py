@@ -10,20 +10,9 @@ import numpy as np
 
 import jlstm
 from tests.oracles import Case, loop, sigmoid
+from tests.oracles.gated import lstm
 
 LSTM = jlstm.LSTM(4)
-
-
-def lstm(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
-    """Gers, Schmidhuber & Cummins (2000), one gate at a time."""
-    h, c = carry
-    w_i, w_f, w_g, w_o = np.split(p.w_ih, 4, -1)
-    u_i, u_f, u_g, u_o = np.split(p.w_hh, 4, -1)
-    b_i, b_f, b_g, b_o = np.split(p.b, 4)
-    i, f = sigmoid(x @ w_i + h @ u_i + b_i), sigmoid(x @ w_f + h @ u_f + b_f)
-    c = f * c + i * np.tanh(x @ w_g + h @ u_g + b_g)
-    h = sigmoid(x @ w_o + h @ u_o + b_o) * np.tanh(c)
-    return (h, c), h
 
 
 def zoneout(p: Any, carry: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
