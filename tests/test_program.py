@@ -568,6 +568,8 @@ def test_explanation_says_where_steps_run(monkeypatch):
     assert jlstm.explain(OnlyForward(3)).note.endswith("in XLA: it computes acos")
     note = jlstm.explain(cell, jnp.ones((2, 3, 4), jnp.bfloat16)).note
     assert note == "its steps in XLA: these are for float32, got bfloat16"
+    mixed = jlstm.Precision(cell, jlstm.Policy(compute=jnp.bfloat16))
+    assert jlstm.explain(mixed).note == "its steps in XLA: it computes in bfloat16"
     monkeypatch.setattr(library, "why_not", lambda: "is left out by JLSTM_NATIVE=0")
     note = jlstm.explain(cell).note
     assert note == "its steps in XLA: the library is left out by JLSTM_NATIVE=0"

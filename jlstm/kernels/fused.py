@@ -99,6 +99,10 @@ def note(cell: Cell, request: Request, xs: PyTree = None) -> str:
             prepared, steps = prepare(cell, join(params, rest), xs)
             batch = jax.tree.leaves(xs)[0].shape[:1]
             carry = cell.init_carry(join(params, rest), batch)
+            like = jax.eval_shape(
+                cell.step, prepared, carry, blocks.at(steps, 0, axis=1)
+            )[0]
+            carry = jax.tree.map(lambda a, b: a.astype(b.dtype), carry, like)
             out = unroll(cell, prepared, steps, carry, carry)
             leaves = jax.tree.leaves(smooth_leaves(out))
             return jnp.stack([leaf.astype(np.float32).sum() for leaf in leaves]).sum()
