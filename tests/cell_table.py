@@ -79,11 +79,15 @@ def row(case: Case, sizes: tuple[tuple[int, ...], ...]) -> list[str]:
 
 
 def enlarged(cell: Any, size: int) -> Any:
-    """Gives a cell, or the cell in a wrapper, another size."""
+    """Gives a cell, or the cell in a wrapper, another size, and its parts as well."""
     if hasattr(cell, "cell"):
         return dataclasses.replace(cell, cell=enlarged(cell.cell, size))
-    heads = getattr(cell, "num_heads", 1)
-    return dataclasses.replace(cell, hidden_size=size - size % heads)
+    size -= size % getattr(cell, "num_heads", 1)
+    sizes = {"hidden_size": size}
+    for name in ("proj_size", "state_size", "key_size"):
+        if (part := getattr(cell, name, None)) is not None:
+            sizes[name] = part * size // cell.hidden_size
+    return dataclasses.replace(cell, **sizes)
 
 
 def speed(case: Case, size: tuple[int, ...]) -> float:
