@@ -102,7 +102,8 @@ def speed(case: Case, size: tuple[int, ...]) -> float:
     rng = np.random.default_rng(0)
 
     def draw(leaf: Any) -> jax.Array:
-        axes = (*leaf.shape[:-1], features) if leaf.shape else ()
+        # A time that has elapsed stays one.
+        axes = (*leaf.shape[:-1], features) if leaf.shape[-1:] > (1,) else leaf.shape
         drawn = rng.random((batch, time_steps, *axes))
         return jnp.asarray(drawn > 0.5 if leaf.dtype == bool else drawn, leaf.dtype)
 
