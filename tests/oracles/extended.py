@@ -70,7 +70,8 @@ def mlstm(exp_forget: bool = False) -> Any:
 
 
 CASES = [
-    Case(jlstm.SLSTM(4, num_heads=2), slstm(), "Beck 2024"),
+    # Its second derivatives are 1e5 here, too many for a difference of two values.
+    Case(jlstm.SLSTM(4, num_heads=2), slstm(), "Beck 2024", smooth=False),
     pytest.param(
         Case(jlstm.SLSTM(3, exp_forget=True), slstm(True), "Beck 2024"),
         marks=pytest.mark.slow,
