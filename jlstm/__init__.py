@@ -48,6 +48,7 @@ from jlstm.cells import (
     gru_reset_before_step,
     gru_step,
     lstm_step,
+    named,
     prepare,
     row,
     sigmoid,
@@ -97,11 +98,12 @@ from jlstm.types import Cell, Layer, Policy, config, gated, where_rows, zero_row
 
 if TYPE_CHECKING:
     from jlstm import convert as convert
+    from jlstm import diagnostics as diagnostics
     from jlstm import flax as flax
 else:
 
     def __getattr__(name: str) -> object:
-        if name in ("convert", "flax"):  # flax loads nnx, which takes its time
+        if name in ("convert", "diagnostics", "flax"):  # flax loads nnx, a slow one
             from importlib import import_module
 
             return import_module(f"jlstm.{name}")
@@ -183,6 +185,7 @@ __all__ = [
     "convert",
     "data",
     "decode",
+    "diagnostics",
     "elman_step",
     "explain",
     "export",
@@ -197,6 +200,7 @@ __all__ = [
     "lift",
     "load",
     "lstm_step",
+    "named",
     "pool",
     "prepare",
     "row",

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -40,6 +40,25 @@ def at(name: str) -> Iterator[None]:
 def path() -> tuple[str, ...]:
     """The names of the places around the running call, outermost first."""
     return _path.get()
+
+
+# What sees each call of `unroll` that runs inside, and may run it otherwise.
+_observer: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar(
+    "observer", default=None
+)
+
+
+@contextlib.contextmanager
+def observing(observer: Callable[[Unrolled], Any] | None) -> Iterator[None]:
+    """Hands each call of :func:`unroll` inside to a function that answers for it.
+
+    It stands in its place in the tree of layers, :func:`path`.
+    """
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 def error(where: str, message: str) -> ValueError:
@@ -135,15 +154,12 @@ def unroll(
     name = choose(cell, implementation, request)
     if checkpoint_every == "sqrt":
         checkpoint_every = max(1, math.isqrt(jax.tree.leaves(xs)[0].shape[1]))
-    return _unroll(
-        Call(cell, name, reverse, return_carries, checkpoint_every, may_be_sharded()),
-        params,
-        xs,
-        carry,
-        mask,
-        resets,
-        key,
-    )
+    call = Call(cell, name, reverse, return_carries, checkpoint_every, may_be_sharded())
+    observer = _observer.get()
+    if observer is None:
+        return _unroll(call, params, xs, carry, mask, resets, key)
+    with observing(None):  # what a cell unrolls inside is its own affair
+        return observer(Unrolled(call, params, xs, carry, mask, resets, key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +172,43 @@ class Call:
     return_carries: bool
     checkpoint_every: int | None
     sharded: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Unrolled:
+    """A call of :func:`unroll`, checked, as an observer sees it."""
+
+    call: Call
+    params: PyTree
+    xs: PyTree
+    carry: PyTree
+    mask: Array | None
+    resets: Array | None
+    key: Array | None
+
+    def run(self) -> tuple[PyTree, ...]:
+        """Runs it, and returns what it would have returned."""
+        arrays = self.params, self.xs, self.carry, self.mask, self.resets, self.key
+        return _unroll(self.call, *arrays)
+
+    def changed(self, **fields: Any) -> Unrolled:
+        """Returns another call of the same arrays, some static fields changed."""
+        call = dataclasses.replace(self.call, **fields)
+        return dataclasses.replace(self, call=call)
+
+    def begun(self) -> tuple[Array | None, Array | None]:
+        """Says which steps ``[B, T]`` begin from the fresh carry, and which rows end with it.
+
+        In the order in which steps are taken: in reverse, a boundary between t-1 and t
+        comes after t, that is, before step t-1 is taken.
+        """
+        return _begun(self.resets, self.call.reverse)
+
+
+def _begun(resets: Array | None, reverse: bool) -> tuple[Array | None, Array | None]:
+    if resets is None or not resets.shape[1] or not reverse:
+        return resets, None
+    return jnp.roll(resets, -1, axis=1).at[:, -1].set(False), resets[:, 0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -177,11 +230,7 @@ def _unroll(
     carry = fresh if carry is None else _cast_like(carry, fresh)
     fresh, carry = _fit(cell, run_params, xs, fresh, carry)
 
-    before, last = resets, None
-    if resets is not None and resets.shape[1] and call.reverse:
-        # A boundary between t-1 and t comes after t, that is, before step t-1 is taken.
-        last = resets[:, 0]
-        before = jnp.roll(resets, -1, axis=1).at[:, -1].set(False)
+    before, last = _begun(resets, call.reverse)
     ys, carry, carries = IMPLEMENTATIONS[call.implementation].unroll(
         cell,
         run_params,

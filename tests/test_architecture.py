@@ -19,6 +19,7 @@ LEAVES = ("flax", "saved", "export", "testing", "convert", "diagnostics")
 # What a package of jlstm may import; "" stands for `import jlstm` itself.
 ORDER = (
     "types",
+    "extras",
     "files",
     "weights",
     "init",
@@ -29,7 +30,14 @@ ORDER = (
     ("models", "decode"),
 )
 FREE = {
-    "train": {"train", "types", "files", "weights", "kernels"},  # for the loss in C++
+    "train": {
+        "train",
+        "types",
+        "extras",
+        "files",
+        "weights",
+        "kernels",
+    },  # for the loss in C++
     "data": {"data"},
     "__init__": None,
     "bench": None,

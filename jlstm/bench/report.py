@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jlstm.bench.cases import JAX_PEERS, SUITES, VARIANTS, Size, Suite
-from jlstm.train.hooks import import_optional
+from jlstm.extras import import_optional
 
 ABOUT = """Times jlstm beside other libraries, each in a process of its own, in rounds
 that take turns. Ratios are medians over rounds; above 1, jlstm is faster."""

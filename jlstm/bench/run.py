@@ -16,8 +16,8 @@ from typing import Any
 from jlstm.bench import peers, report
 from jlstm.bench.cases import PEERS, SUITES, VARIANTS, Size
 from jlstm.bench.process import Config, Worker, environment
+from jlstm.extras import import_optional
 from jlstm.train.files import write_json
-from jlstm.train.hooks import import_optional
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,7 @@ def cifg_update(
 ) -> tuple[CIFGCarry, Array]:
     """Applies the gates to the pre-activations ``zx + zh``, ``[..., 3H]``."""
     del params
-    f, g, o = gates(zx + zh, "sts")
+    f, g, o = gates(zx + zh, "sts", "fgo")
     c = g - f * g + f * carry.c
     h = o * tanh(c)
     return CIFGCarry(h, c), h

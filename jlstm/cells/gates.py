@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -188,7 +190,80 @@ def fresh(
     return jnp.broadcast_to(leaf, (*batch_shape, size))
 
 
-def gates(z: Array, kinds: str) -> tuple[Array, ...]:
+class Named(NamedTuple):
+    """What a step computed under a name, for :mod:`jlstm.diagnostics`."""
+
+    name: str
+    kind: str  # "s" of a sigmoid, "t" of a tanh, "" of anything else
+    value: Array
+
+
+_named: contextvars.ContextVar[list[Named] | None] = contextvars.ContextVar(
+    "named", default=None
+)
+
+
+@contextlib.contextmanager
+def naming() -> Iterator[list[Named]]:
+    """Collects what the steps inside name: gates, and what :func:`named` is given.
+
+    A step must run in the trace that reads the list.
+    """
+    collected: list[Named] = []
+    token = _named.set(collected)
+    try:
+        yield collected
+    finally:
+        _named.reset(token)
+
+
+def named(name: str, value: Array, activation: Any = None) -> Array:
+    """Returns ``value``, under a name that :func:`jlstm.diagnostics.trace` shows.
+
+    For what a cell computes without :func:`gates`. Nothing else depends on it, and
+    outside a trace it does nothing.
+
+    Args:
+      name: of the gate.
+      value: ``[..., H]``.
+      activation: the function it came from, which tells its range: that of
+        :func:`sigmoid` is 0 to 1, that of :func:`tanh` -1 to 1, others have none.
+
+    Example:
+      >>> jlstm.named("n", jnp.ones(2)).tolist()
+      [1.0, 1.0]
+    """
+    collected = _named.get()
+    if collected is not None:
+        collected.append(Named(name, _kind(activation), value))
+    return value
+
+
+def _kind(activation: Any) -> str:
+    if activation in (sigmoid, jax.nn.sigmoid):
+        return "s"
+    return "t" if activation in (tanh, jnp.tanh, jax.nn.tanh) else ""
+
+
+def _name_gates(
+    parts: tuple[Array, ...],
+    kinds: str,
+    names: Sequence[str] | None,
+    functions: dict[str, Any],
+) -> tuple[Array, ...]:
+    collected = _named.get()
+    if collected is not None:
+        if names is None:
+            first = sum(each.name[1:].isdigit() for each in collected)
+            names = [f"{kind}{first + i}" for i, kind in enumerate(kinds)]
+        for name, kind, part in zip(names, kinds, parts, strict=True):
+            collected.append(Named(name, _kind(functions[kind]), part))
+    return parts
+
+
+def gates(
+    z: Array, kinds: str, names: Sequence[str] | None = None
+) -> tuple[Array, ...]:
     r"""Splits pre-activations into gates and applies their activations.
 
     One :math:`\tanh` over the whole block, since
@@ -202,12 +277,15 @@ def gates(z: Array, kinds: str) -> tuple[Array, ...]:
     Args:
       z: pre-activations ``[..., len(kinds) * H]``.
       kinds: one letter a gate, ``s`` for a sigmoid and ``t`` for a tanh.
+      names: one a gate, for :func:`jlstm.diagnostics.trace`: a string of letters, such
+        as ``"ifgo"``, or a sequence of words.
 
     Returns:
       One array ``[..., H]`` a gate.
 
     Raises:
-      ValueError: another letter, or a last axis that does not divide.
+      ValueError: another letter, a last axis that does not divide, or another number
+        of names.
 
     Example:
       >>> i, f, g, o = jlstm.gates(jnp.zeros((2, 12)), "ssts")
@@ -222,7 +300,12 @@ def gates(z: Array, kinds: str) -> tuple[Array, ...]:
             f"gates: the last axis must be a multiple of {count} ({kinds!r}), got "
             f"{list(z.shape)}"
         )
-    return _activate(z, kinds)
+    if names is not None and len(names) != count:
+        raise ValueError(
+            f"gates: names must be {count}, one a gate of {kinds!r}, got {names!r}"
+        )
+    functions = {"s": sigmoid, "t": tanh}
+    return _name_gates(_activate(z, kinds), kinds, names, functions)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -255,6 +338,7 @@ def activate(
     kinds: str,
     activation: Callable[[Array], Array],
     gate_activation: Callable[[Array], Array],
+    names: Sequence[str] | None = None,
 ) -> tuple[Array, ...]:
     """Does what :func:`gates` does, with other functions for its letters.
 
@@ -264,6 +348,7 @@ def activate(
       activation: for each ``t``; with :func:`tanh` and :func:`sigmoid`, all is done in
         one go.
       gate_activation: for each ``s``.
+      names: as in :func:`gates`.
 
     Example:
       >>> i, g = jlstm.activate(jnp.ones((2, 8)), "st", jax.nn.relu, jlstm.sigmoid)
@@ -271,10 +356,11 @@ def activate(
       1.0
     """
     if activation is tanh and gate_activation is sigmoid:
-        return gates(z, kinds)
-    parts = jnp.split(z, len(kinds), axis=-1)
+        return gates(z, kinds, names)
+    pairs = zip(kinds, jnp.split(z, len(kinds), axis=-1), strict=True)
     functions = {"s": gate_activation, "t": activation}
-    return tuple(functions[kind](part) for kind, part in zip(kinds, parts, strict=True))
+    parts = tuple(functions[kind](part) for kind, part in pairs)
+    return _name_gates(parts, kinds, names, functions)
 
 
 def sigmoid(x: Array) -> Array:
@@ -284,7 +370,7 @@ def sigmoid(x: Array) -> Array:
       >>> jlstm.sigmoid(jnp.zeros(2)).tolist()
       [0.5, 0.5]
     """
-    return gates(x, "s")[0]
+    return _activate(x, "s")[0]
 
 
 def tanh(x: Array) -> Array:
@@ -294,7 +380,7 @@ def tanh(x: Array) -> Array:
       >>> jlstm.tanh(jnp.zeros(2)).tolist()
       [0.0, 0.0]
     """
-    return gates(x, "t")[0]
+    return _activate(x, "t")[0]
 
 
 def positive(x: Array) -> Array:
@@ -307,4 +393,4 @@ def positive(x: Array) -> Array:
       >>> jlstm.cells.positive(jnp.array([0.0, 2.0])).tolist()
       [0.5, 2.5]
     """
-    return jnp.where(x >= 0, x + 0.5, gates(x, "s")[0])
+    return jnp.where(x >= 0, x + 0.5, sigmoid(x))

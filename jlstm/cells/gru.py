@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import activate, add_vector, affine, fresh, sigmoid, tanh
+from jlstm.cells.gates import activate, add_vector, affine, fresh, named, sigmoid, tanh
 from jlstm.init import Chrono, per_gate
 from jlstm.types import (
     Activation,
@@ -67,8 +67,8 @@ def gru_update(
     # By split: the transpose of a slice pads with zeros, which XLA does not vectorise.
     x_gates, x_n = jnp.split(zx, [2 * size], axis=-1)
     h_gates, h_n = jnp.split(zh, [2 * size], axis=-1)
-    r, z = activate(x_gates + h_gates, "ss", tanh, gate_activation)
-    n = activation(x_n + r * h_n)
+    r, z = activate(x_gates + h_gates, "ss", tanh, gate_activation, "rz")
+    n = named("n", activation(x_n + r * h_n), activation)
     h = n - z * n + z * carry.h
     return GRUCarry(h), h
 
@@ -131,10 +131,10 @@ def gru_reset_before_update(
     """Applies the gates to ``zx [..., 3H]`` and ``zh [..., 2H]``."""
     size = carry.h.shape[-1]
     x_gates, x_n = jnp.split(zx, [2 * size], axis=-1)
-    r, z = activate(x_gates + zh, "ss", tanh, gate_activation)
+    r, z = activate(x_gates + zh, "ss", tanh, gate_activation, "rz")
     b = None if params.b_hh is None else params.b_hh[2 * size :]
     n = x_n + affine(r * carry.h, params.w_hh[:, 2 * size :], b)
-    n = activation(n)
+    n = named("n", activation(n), activation)
     h = n - z * n + z * carry.h
     return GRUCarry(h), h
 

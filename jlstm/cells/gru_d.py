@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine, fresh, gates, row, tanh
+from jlstm.cells.gates import affine, fresh, gates, named, row, tanh
 from jlstm.init import per_gate
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
@@ -90,9 +90,10 @@ def gru_d_update(
     """Applies the gates; the reset gate comes before a product of its own."""
     size = params.w_hh.shape[0]
     x_gates, x_n = jnp.split(zx.z, [2 * size], axis=-1)
-    r, z = gates(x_gates + zh[0], "ss")
+    r, z = gates(x_gates + zh[0], "ss", "rz")
     h = zx.decay_h * carry.h
-    n = tanh(x_n + zh[1] + (r * h) @ params.w_hh[:, 2 * size :])
+    n = x_n + zh[1] + (r * h) @ params.w_hh[:, 2 * size :]
+    n = named("n", tanh(n), tanh)
     h = h - z * h + z * n
     return GRUDCarry(h, zx.x + zx.missing * carry.x), h
 

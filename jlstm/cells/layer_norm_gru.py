@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import add_vector, fresh, gates, normalise, tanh
+from jlstm.cells.gates import add_vector, fresh, gates, named, normalise, tanh
 from jlstm.cells.gru import GRUCarry
 from jlstm.init import per_gate
 from jlstm.types import (
@@ -51,8 +51,8 @@ def layer_norm_gru_update(
     x_gates, x_n = jnp.split(zx, [2 * size], axis=-1)
     zh = normalise(zh, params.gamma_h)
     h_gates, h_n = jnp.split(zh, [2 * size], axis=-1)
-    r, z = gates(x_gates + h_gates, "ss")
-    n = tanh(x_n + r * add_vector(h_n, params.b_hh))
+    r, z = gates(x_gates + h_gates, "ss", "rz")
+    n = named("n", tanh(x_n + r * add_vector(h_n, params.b_hh)), tanh)
     h = n - z * n + z * carry.h
     return GRUCarry(h), h
 

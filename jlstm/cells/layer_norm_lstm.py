@@ -51,7 +51,7 @@ def layer_norm_lstm_update(
     params: LayerNormLSTMParams, carry: LSTMCarry, zx: Array, zh: Array
 ) -> tuple[LSTMCarry, Array]:
     """Normalises ``zh [..., 4H]``, and applies the gates."""
-    i, f, g, o = gates(zx + normalise(zh, params.gamma_h), "ssts")
+    i, f, g, o = gates(zx + normalise(zh, params.gamma_h), "ssts", "ifgo")
     c = f * carry.c + i * g
     h = o * tanh(add_vector(normalise(c, params.gamma_c), params.beta_c))
     return LSTMCarry(h, c), h

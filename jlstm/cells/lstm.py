@@ -64,7 +64,7 @@ def lstm_update(
 ) -> tuple[LSTMCarry, Array]:
     """Applies the gates to the pre-activations ``zx + zh``, ``[..., 4H]``."""
     del params
-    i, f, g, o = activate(zx + zh, "ssts", activation, gate_activation)
+    i, f, g, o = activate(zx + zh, "ssts", activation, gate_activation, "ifgo")
     c = f * carry.c + i * g
     h = o * activation(c)
     return LSTMCarry(h, c), h

@@ -56,7 +56,7 @@ def lstmp_update(
     proj_clip: float | None = None,
 ) -> tuple[LSTMPCarry, Array]:
     """Applies the gates to ``zx + zh``, ``[..., 4H]``, and projects."""
-    i, f, g, o = gates(zx + zh, "ssts")
+    i, f, g, o = gates(zx + zh, "ssts", "ifgo")
     c = _clip(f * carry.c + i * g, cell_clip)
     # Here and not in mix, since the output is the projection.
     h = _clip((o * tanh(c)) @ params.w_hr, proj_clip)

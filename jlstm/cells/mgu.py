@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import add_vector, affine, fresh, gates, tanh
+from jlstm.cells.gates import add_vector, affine, fresh, gates, named, tanh
 from jlstm.init import per_gate
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
@@ -47,9 +47,10 @@ def mgu_update(
 ) -> tuple[MGUCarry, Array]:
     """Applies the gate to ``zx [..., 2H]`` and ``zh [..., H]``."""
     x_f, x_n = jnp.split(zx, 2, axis=-1)
-    (f,) = gates(x_f + zh, "s")
+    (f,) = gates(x_f + zh, "s", "f")
     held = f * carry.h
-    n = tanh(x_n + held @ jnp.split(params.w_hh, 2, axis=-1)[1])
+    n = x_n + held @ jnp.split(params.w_hh, 2, axis=-1)[1]
+    n = named("n", tanh(n), tanh)
     h = carry.h - held + f * n
     return MGUCarry(h), h
 
@@ -98,8 +99,8 @@ def mgu_reset_after_update(
     del params
     x_f, x_n = jnp.split(zx, 2, axis=-1)
     h_f, h_n = jnp.split(zh, 2, axis=-1)
-    (f,) = gates(x_f + h_f, "s")
-    n = tanh(x_n + f * h_n)
+    (f,) = gates(x_f + h_f, "s", "f")
+    n = named("n", tanh(x_n + f * h_n), tanh)
     h = n - f * n + f * carry.h
     return MGUCarry(h), h
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine, fresh, gates
+from jlstm.cells.gates import affine, fresh, gates, named
 from jlstm.init import per_gate
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
@@ -51,8 +51,8 @@ def min_gru_update(
     """Applies the gate to the pre-activations ``zx [..., 2H]``."""
     del params, zh
     z_z, z_n = jnp.split(zx, 2, axis=-1)
-    (z,) = gates(z_z, "s")
-    h = carry.h - z * carry.h + z * activation(z_n)
+    (z,) = gates(z_z, "s", "z")
+    h = carry.h - z * carry.h + z * named("n", activation(z_n), activation)
     return MinGRUCarry(h), h
 
 

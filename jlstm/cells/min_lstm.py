@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine, fresh
+from jlstm.cells.gates import affine, fresh, named, sigmoid
 from jlstm.init import per_gate
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
@@ -54,8 +54,8 @@ def min_lstm_update(
     # By e^-i and e^-f, scaled to be at most 1: far below zero both gates would be zero.
     most = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(-z_i, -z_f), 0))
     one, i, f = jnp.exp(-most), jnp.exp(-z_i - most), jnp.exp(-z_f - most)
-    keep = (one + i) / (one + i + one + f)
-    g = activation(z_g)
+    keep = named("f", (one + i) / (one + i + one + f), sigmoid)
+    g = named("g", activation(z_g), activation)
     h = g - keep * g + keep * carry.h
     return MinLSTMCarry(h), h
 

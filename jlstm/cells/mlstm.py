@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine, gates
+from jlstm.cells.gates import affine, gates, named
 from jlstm.types import (
     Array,
     Initializer,
@@ -72,7 +72,7 @@ def mlstm_gates(
     ends = np.cumsum([count * key] * 2 + [count * value] * 2 + [count])
     z_q, z_k, z_v, z_o, log_i, z_f = jnp.split(zx, ends, axis=-1)
     q, k, v = (z.reshape(*z.shape[:-1], count, -1) for z in (z_q, z_k, z_v))
-    (o,) = gates(z_o, "s")
+    (o,) = gates(z_o, "s", "o")
     log_f = z_f if exp_forget else -jax.nn.softplus(-z_f)
     return MLSTMGates(q, k / math.sqrt(key), v, o, log_i, log_f)
 
@@ -99,7 +99,8 @@ def mlstm_update(
     q, k, v, o, log_i, log_f = mlstm_gates(zx, carry.c.shape[-3:], exp_forget)
     kept = log_f + carry.m
     m = jnp.maximum(kept, log_i)
-    i, f = jnp.exp(log_i - m)[..., None], jnp.exp(kept - m)[..., None]
+    i, f = named("i", jnp.exp(log_i - m)), named("f", jnp.exp(kept - m))
+    i, f = i[..., None], f[..., None]
     c = f[..., None] * carry.c + (i * k)[..., None] * v[..., None, :]
     n = f * carry.n + i * k
     values, weight = (q[..., None] * c).sum(-2), (q * n).sum(-1)

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import add_vector, affine, fresh, gates, heads_product, tanh
+from jlstm.cells.gates import (
+    add_vector,
+    affine,
+    fresh,
+    gates,
+    heads_product,
+    named,
+    tanh,
+)
 from jlstm.cells.gru import GRUCarry
 from jlstm.init import per_gate, per_head
 from jlstm.types import (
@@ -51,8 +59,8 @@ def multi_head_gru_update(
     size = carry.h.shape[-1]
     x_gates, x_n = jnp.split(zx, [2 * size], axis=-1)
     h_gates, h_n = jnp.split(zh, [2 * size], axis=-1)
-    r, z = gates(x_gates + h_gates, "ss")
-    n = tanh(x_n + r * h_n)
+    r, z = gates(x_gates + h_gates, "ss", "rz")
+    n = named("n", tanh(x_n + r * h_n), tanh)
     h = n - z * n + z * carry.h
     return GRUCarry(h), h
 

@@ -49,7 +49,7 @@ def multi_head_lstm_update(
 ) -> tuple[LSTMCarry, Array]:
     """Applies the gates to the pre-activations ``zx + zh``, ``[..., 4H]``."""
     del params
-    i, f, g, o = gates(zx + zh, "ssts")
+    i, f, g, o = gates(zx + zh, "ssts", "ifgo")
     c = f * carry.c + i * g
     h = o * tanh(c)
     return LSTMCarry(h, c), h

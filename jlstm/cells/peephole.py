@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine, fresh, gates, row, tanh
+from jlstm.cells.gates import affine, fresh, gates, named, row, tanh
 from jlstm.init import per_gate
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
@@ -55,9 +55,9 @@ def peephole_lstm_update(
     c = carry.c
     w_i, w_f, w_o = (row(w, c) for w in (params.w_ci, params.w_cf, params.w_co))
     z_i, z_f, z_g, z_o = jnp.split(zx + zh, 4, axis=-1)
-    i, f = gates(jnp.concatenate([z_i + w_i * c, z_f + w_f * c], axis=-1), "ss")
-    c = f * c + i * tanh(z_g)
-    (o,) = gates(z_o + w_o * c, "s")
+    i, f = gates(jnp.concatenate([z_i + w_i * c, z_f + w_f * c], axis=-1), "ss", "if")
+    c = f * c + i * named("g", tanh(z_g), tanh)
+    (o,) = gates(z_o + w_o * c, "s", "o")
     h = o * tanh(c)
     return PeepholeLSTMCarry(h, c), h
 

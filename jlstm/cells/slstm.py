@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import affine, fresh, gates, heads_product
+from jlstm.cells.gates import affine, fresh, gates, heads_product, named
 from jlstm.init import per_gate, per_head
 from jlstm.types import (
     Array,
@@ -60,12 +60,12 @@ def slstm_update(
     """Applies the gates to the pre-activations ``zx + zh``, ``[..., 4H]``."""
     del params
     log_i, z_f, z_z, z_o = jnp.split(zx + zh, 4, axis=-1)
-    z, o = gates(jnp.concatenate([z_z, z_o], axis=-1), "ts")
+    z, o = gates(jnp.concatenate([z_z, z_o], axis=-1), "ts", "zo")
     log_f = z_f if exp_forget else -jax.nn.softplus(-z_f)
     # Of nothing, m says nothing; else a large one would hide the first input.
     kept = jnp.where(carry.n == 0, log_i, log_f + carry.m)
     m = jnp.maximum(kept, log_i)
-    i, f = jnp.exp(log_i - m), jnp.exp(kept - m)
+    i, f = named("i", jnp.exp(log_i - m)), named("f", jnp.exp(kept - m))
     c, n = f * carry.c + i * z, f * carry.n + i
     h = o * (c / n)
     return SLSTMCarry(h, c, n, m), h

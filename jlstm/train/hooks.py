@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib
 import json
 import math
 import operator
@@ -19,6 +18,7 @@ from typing import IO, Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from jlstm.extras import import_optional
 from jlstm.files import sync
 from jlstm.train.loop import Hook, Report, kind_of
 from jlstm.train.step import EvalStep, evaluate
@@ -519,20 +519,3 @@ def _eta(report: Report) -> str:
     steps = max(report.window_steps, 1)
     seconds = (report.num_steps - report.step) * report.window_seconds / steps
     return str(datetime.timedelta(seconds=math.ceil(seconds)))
-
-
-def import_optional(name: str) -> Any:
-    """Imports a module of the ``train`` extra.
-
-    Raises:
-      ImportError: it is not installed; says how to install it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        if error.name is None or error.name.partition(".")[0] != package:
-            raise
-        raise ImportError(
-            f'{package} is not installed; run pip install "jlstm[train]"'
-        ) from None

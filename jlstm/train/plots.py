@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlstm.train.hooks import import_optional
+from jlstm.extras import import_optional
 
 Records = Sequence[Mapping[str, Any]]
 

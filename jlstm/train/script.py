@@ -35,8 +35,8 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 
+from jlstm.extras import import_optional
 from jlstm.train.checkpoints import Resume
-from jlstm.train.hooks import import_optional
 from jlstm.train.signals import Interrupted
 from jlstm.train.state import NonFiniteError
 from jlstm.train.workdir import device_kind, fields_of

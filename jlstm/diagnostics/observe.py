@@ -1,0 +1,394 @@
+"""What every step of every recurrence did: gates, carries, retention."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jlstm import door
+from jlstm.cells.gates import naming
+from jlstm.cells.wrappers import prepare
+from jlstm.diagnostics.elementwise import diagonal
+from jlstm.layers.compose import check_input
+from jlstm.layers.recurrent import check_layer_field, is_layer, recording
+from jlstm.types import (
+    Array,
+    Cell,
+    Layer,
+    PyTree,
+    gated,
+    is_inexact,
+    where_rows,
+    zero_rows,
+)
+
+RANGES = {"s": (0.0, 1.0), "t": (-1.0, 1.0)}
+
+
+@struct.dataclass
+class Trace:
+    r"""What one recurrence did over a batch; prints itself as a table.
+
+    The retention of a unit at a step is the derivative of its new carry by its old one,
+    the recurrent product held: how much of what was there is kept,
+
+    .. math::
+        r_t = \left.\frac{\partial c_t}{\partial c_{t-1}}\right|_{zx, zh}
+
+    which is the forget gate for the ``c`` of an LSTM, and z for a GRU. Of a cell that
+    has a ``step`` alone it is the diagonal of the step's Jacobian. It is that of the
+    step itself: a boundary before it or a mask does not count.
+
+    Attributes:
+      path: where the recurrence stands in its layer.
+      cell: the cell.
+      reverse: whether the steps were taken from the last to the first.
+      gates: the gates by name, ``[B, T, H]``; those that a user's cell did not name are
+        ``s0``, ``t1`` and so on, by the letters of :func:`jlstm.gates`.
+      memory: the carry after each step by name, ``[B, T, H]`` or what the cell has; a
+        ``re`` and an ``im`` are one complex ``s``. Masked steps hold it.
+      retention: by the same names, of the same shape.
+      initial: the incoming carry by the same names, ``[B, H]``.
+      carries: the carry after each step as the cell has it, ``[B, T, ...]`` each.
+      before: the carry that each step began from, in the same form.
+      outputs: ``[B, T, ...]``, zeros at masked steps.
+      valid: ``[B, T]`` booleans, false at masked steps.
+      begins: ``[B, T]`` booleans, true where a reset gave the step the fresh carry; at
+        masked steps too.
+    """
+
+    path: str = struct.field(pytree_node=False)
+    cell: Any = struct.field(pytree_node=False)
+    reverse: bool = struct.field(pytree_node=False)
+    names: tuple[tuple[tuple[str, str], ...], tuple[str, ...]] = struct.field(
+        pytree_node=False
+    )
+    values: tuple[tuple[Array, ...], ...]  # gates, memory, retention, initial
+    carries: PyTree
+    before: PyTree
+    outputs: PyTree
+    valid: Array
+    begins: Array
+
+    @property
+    def gates(self) -> dict[str, Array]:
+        """The gates by name, ``[B, T, H]``."""
+        names = (name for name, _ in self.names[0])
+        return dict(zip(names, self.values[0], strict=True))
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float] | None]:
+        """Between which values each gate lies; ``None`` if that is not known."""
+        return {name: RANGES.get(kind) for name, kind in self.names[0]}
+
+    @property
+    def memory(self) -> dict[str, Array]:
+        """The carry after each step by name."""
+        return dict(zip(self.names[1], self.values[1], strict=True))
+
+    @property
+    def retention(self) -> dict[str, Array]:
+        """The derivative of each unit's carry by the one before, by name."""
+        return dict(zip(self.names[1], self.values[2], strict=True))
+
+    @property
+    def initial(self) -> dict[str, Array]:
+        """The incoming carry by name, ``[B, ...]``."""
+        return dict(zip(self.names[1], self.values[3], strict=True))
+
+    def __repr__(self) -> str:
+        valid = np.asarray(self.valid)
+        (rows, steps), count = valid.shape, int(valid.sum())
+        where = f"{self.path}: " if self.path else ""
+        order = ", in reverse" if self.reverse else ""
+        lines = [f"{where}{self.cell!r}, {rows} rows of {steps} steps{order}"]
+        lines[0] += "" if count == valid.size else f", {count} valid"
+        kept = {f"retention of {k}": v for k, v in self.retention.items()}
+        for name, value in {**self.gates, **self.memory, **kept}.items():
+            seen = np.asarray(value)[valid]
+            seen = np.abs(seen) if np.iscomplexobj(seen) else seen.astype(np.float64)
+            shape = list(value.shape[2:])
+            if not seen.size:
+                lines.append(f"  {name} {shape}")
+                continue
+            low, high = np.quantile(seen, [0.05, 0.95])
+            lines.append(
+                f"  {name} {shape}: mean {seen.mean():.3g}, 90 % within "
+                f"{low:.3g} .. {high:.3g}"
+            )
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Traces(Mapping[str, Trace]):
+    """The traces of a layer's recurrences by path, in the order in which they ran.
+
+    Attributes:
+      outputs: what the layer returned, outputs or answers.
+      carry: its final carry.
+    """
+
+    traces: tuple[Trace, ...]
+    outputs: PyTree
+    carry: PyTree
+
+    def __getitem__(self, path: str) -> Trace:
+        for each in self.traces:
+            if each.path == path:
+                return each
+        raise KeyError(f"{path!r}; there are {', '.join(map(repr, self))}")
+
+    def __iter__(self) -> Iterator[str]:
+        return (each.path for each in self.traces)
+
+    def __len__(self) -> int:
+        return len(self.traces)
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.traces))
+
+
+def trace(
+    layer: Layer | Cell,
+    params: PyTree,
+    xs: PyTree,
+    carry: PyTree = None,
+    *,
+    lengths: Array | None = None,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    key: Array | None = None,
+    reverse: bool = False,
+) -> Any:
+    """Runs a cell, or every recurrence inside a layer, and keeps what each step did.
+
+    Compiled once a layer and shape. Wrapped cells answer with the gates of the inner
+    one.
+
+    Args:
+      layer: a cell, or any layer or model.
+      params: its params.
+      xs: inputs ``[B, T, ...]``.
+      carry: the incoming carry; ``None`` means the fresh one.
+      lengths: as of :func:`jlstm.unroll`, as are the next three.
+      mask: as above.
+      resets: as above.
+      key: as above; ``None`` is the deterministic form.
+      reverse: of a cell alone: takes the steps from the last to the first.
+
+    Returns:
+      A :class:`Trace` of a cell; of a layer :class:`Traces`, by path.
+
+    Raises:
+      TypeError: neither a cell nor a layer.
+      ValueError: ``reverse`` with a layer, which says itself; or what the layer
+        refuses.
+
+    Example:
+      >>> layer = jlstm.stack(jlstm.RNN(jlstm.LSTM(4)), jlstm.Dense(2))
+      >>> xs = jnp.ones((2, 5, 3))
+      >>> params = layer.init(jax.random.key(0), xs)
+      >>> found = jlstm.diagnostics.trace(layer, params, xs)["stack[0]"]
+      >>> list(found.gates), found.gates["f"].shape, found.retention["c"].shape
+      (['i', 'f', 'g', 'o'], (2, 5, 4), (2, 5, 4))
+    """
+    masking = {"lengths": lengths, "mask": mask, "resets": resets}
+    check_inputs("trace", layer, xs, masking)
+    if is_layer(layer) and reverse:
+        raise door.error("trace", "reverse is for cells; a layer says itself")
+    masking["key"] = key
+    ys, last, found = _trace(layer, reverse, params, xs, carry, masking)
+    return Traces(found, ys, last) if is_layer(layer) else found[0]
+
+
+def check_inputs(
+    where: str, layer: Any, xs: PyTree, masking: Mapping[str, Any]
+) -> None:
+    """Refuses what has no steps, and looks at concrete inputs.
+
+    Raises:
+      TypeError: neither a cell nor a layer.
+      ValueError: xs, lengths, mask or resets do not fit.
+    """
+    if not (hasattr(layer, "step") and hasattr(layer, "init_carry")):
+        check_layer_field(where, layer)
+    door.check_hashable(layer, where)
+    door.valid_steps(xs, **masking, where=where)
+    check_input(layer, xs)
+
+
+def run(layer: Any, reverse: bool, *args: Any, **masking: Any) -> tuple:
+    """Runs a layer, or a cell over a sequence."""
+    if is_layer(layer):
+        return layer.apply(*args, **masking)
+    return door.unroll(layer, *args, reverse=reverse, **masking)
+
+
+def observed(
+    observer: Callable[[str, door.Unrolled], Any], call: Callable[[], Any]
+) -> Any:
+    """Calls a function, and hands its recurrences to an observer by their paths."""
+    seen: dict[str, int] = {}
+
+    def observe(unrolled: door.Unrolled) -> Any:
+        path = ".".join(door.path()) or "RNN"
+        seen[path] = count = seen.get(path, 0) + 1
+        path = path if count == 1 else f"{path} ({count})"
+        return observer(path, unrolled)
+
+    # Where layers are recorded, a stack runs them and no compiled copy.
+    with recording(), door.observing(observe):
+        return call()
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _trace(
+    layer: Any, reverse: bool, params: PyTree, xs: PyTree, carry: PyTree, masking: dict
+) -> tuple[PyTree, PyTree, tuple[Trace, ...]]:
+    found: list[Trace] = []
+
+    def observer(path: str, unrolled: door.Unrolled) -> tuple[PyTree, ...]:
+        made, outs = _observe(path if is_layer(layer) else "", unrolled)
+        found.append(made)
+        return outs
+
+    ys, carry = observed(
+        observer, lambda: run(layer, reverse, params, xs, carry, **masking)
+    )[:2]
+    return ys, carry, tuple(found)
+
+
+def _observe(path: str, unrolled: door.Unrolled) -> tuple[Trace, tuple[PyTree, ...]]:
+    call = unrolled.call
+    cell: Any = call.cell
+    outs = unrolled.changed(return_carries=True, implementation="scan").run()
+    ys, _, carries = outs
+    batch, time = jax.tree.leaves(unrolled.xs)[0].shape[:2]
+    valid = jnp.ones((batch, time), bool) if unrolled.mask is None else unrolled.mask
+    begins, _ = unrolled.begun()
+    fresh = cell.init_carry(unrolled.params, (batch,))
+    fresh = jax.tree.map(lambda a, b: a.astype(b.dtype), fresh, carries)
+    initial = fresh if unrolled.carry is None else unrolled.carry
+    initial = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), initial, carries)
+    before = _before(carries, initial, call.reverse)
+    if begins is not None:
+        repeated = jax.tree.map(
+            lambda a, b: jnp.broadcast_to(a[:, None], b.shape), fresh, before
+        )
+        before = where_rows(begins, repeated, before)
+    xs = zero_rows(unrolled.mask, unrolled.xs)
+    params, xs = prepare(cell, unrolled.params, xs, unrolled.key)
+    names: list[Any] = [(), ()]
+
+    def each(carry: PyTree, x: PyTree) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        values, advance = _step(cell, params, carry, x)
+        names[0] = tuple((each.name, each.kind) for each in values)
+        names[1], kept = _retention(advance, carry)
+        return tuple(each.value for each in values), kept
+
+    gates, kept = jax.vmap(each, 1, 1)(before, xs)
+    begins = jnp.zeros((batch, time), bool) if begins is None else begins
+    values = gates, _values(carries), kept, _values(initial)
+    made = Trace(
+        path,
+        cell,
+        call.reverse,
+        (_distinct(names[0]), names[1]),
+        values,
+        carries,
+        before,
+        ys,
+        valid,
+        begins,
+    )
+    return made, outs if call.return_carries else outs[:2]
+
+
+def _before(carries: PyTree, initial: PyTree, reverse: bool) -> PyTree:
+    def shift(leaf: Array, first: Array) -> Array:
+        if reverse:
+            return jnp.concatenate([leaf[:, 1:], first[:, None]], axis=1)
+        return jnp.concatenate([first[:, None], leaf[:, :-1]], axis=1)
+
+    return jax.tree.map(shift, carries, initial)
+
+
+def _step(cell: Any, params: PyTree, carry: PyTree, x: PyTree) -> tuple[list, Any]:
+    """Takes a step; returns what it named, and the carry's way with products held."""
+    # What a user's step compiles for itself would hide its gates.
+    with naming() as values, jax.disable_jit():
+        if not gated(cell):
+            cell.step(params, carry, x)
+        else:
+            zx = cell.project(params, x)
+            zh = cell.mix(params, carry, zx)
+            cell.update(params, carry, zx, zh)
+    if not gated(cell):
+        return values, lambda carry: cell.step(params, carry, x)[0]
+    return values, lambda carry: cell.update(params, carry, zx, zh)[0]
+
+
+def _distinct(names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    seen: dict[str, int] = {}
+    made = []
+    for name, kind in names:
+        seen[name] = count = seen.get(name, 0) + 1
+        made.append((name if count == 1 else f"{name} ({count})", kind))
+    return tuple(made)
+
+
+def name_of(path: Any) -> str:
+    """Names a part of a carry by its place there."""
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "carry"
+
+
+def _places(carry: PyTree) -> list[tuple[str, tuple[int, ...]]]:
+    """Names the memories of a carry, with the numbers of their leaves."""
+    names = [name_of(path) for path, _ in jax.tree.leaves_with_path(carry)]
+    made: list[tuple[str, tuple[int, ...]]] = []
+    for i, name in enumerate(names):
+        head, dot, last = name.rpartition(".")
+        if last == "re" and f"{head}{dot}im" in names:
+            made.append((f"{head}{dot}s", (i, names.index(f"{head}{dot}im"))))
+        elif last != "im" or f"{head}{dot}re" not in names:
+            made.append((name, (i,)))
+    return made
+
+
+def _joined(leaves: list[Array]) -> Array:
+    return leaves[0] if len(leaves) == 1 else jax.lax.complex(*leaves)
+
+
+def _values(carry: PyTree) -> tuple[Array, ...]:
+    leaves = jax.tree.leaves(carry)
+    return tuple(_joined([leaves[i] for i in places]) for _, places in _places(carry))
+
+
+def _retention(
+    advance: Callable[[PyTree], PyTree], carry: PyTree
+) -> tuple[tuple[str, ...], tuple[Array, ...]]:
+    leaves, tree = jax.tree.flatten(carry)
+    names, made = [], []
+    for name, places in _places(carry):
+        first = places[0]
+        names.append(name)
+        if not is_inexact(leaves[first]):
+            made.append(jnp.zeros(leaves[first].shape))
+            continue
+
+        def along(
+            leaf: Array, first: int = first, places: tuple[int, ...] = places
+        ) -> list[Array]:
+            changed = [*leaves[:first], leaf, *leaves[first + 1 :]]
+            out = jax.tree.leaves(advance(tree.unflatten(changed)))
+            return [out[i] for i in places]
+
+        made.append(_joined(diagonal(along, leaves[first])))
+    return tuple(names), tuple(made)
