@@ -197,7 +197,7 @@ class Unrolled:
         return dataclasses.replace(self, call=call)
 
     def begun(self) -> tuple[Array | None, Array | None]:
-        """Says which steps ``[B, T]`` begin from the fresh carry, and which rows end with it.
+        """Which steps ``[B, T]`` begin from the fresh carry, and which rows end so.
 
         In the order in which steps are taken: in reverse, a boundary between t-1 and t
         comes after t, that is, before step t-1 is taken.

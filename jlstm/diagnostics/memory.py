@@ -51,14 +51,12 @@ class Saturation:
     high: dict[str, np.ndarray]
 
     def __repr__(self) -> str:
-        return (
-            "\n".join(
-                f"{name}: {self.low[name].mean():.1%} of steps in the lowest tenth of its "
-                f"range, {self.high[name].mean():.1%} in the highest"
-                for name in self.low
-            )
-            or "no gates of a known range"
-        )
+        lines = [
+            f"{name}: {self.low[name].mean():.1%} of steps in the lowest tenth of its "
+            f"range, {self.high[name].mean():.1%} in the highest"
+            for name in self.low
+        ]
+        return "\n".join(lines) or "no gates of a known range"
 
 
 def saturation(trace: Trace | Traces) -> Saturation:
@@ -244,11 +242,12 @@ def writes(trace: Trace | Traces) -> Writes:
       ValueError: traces of several recurrences.
 
     Example:
-      >>> cell, xs = jlstm.LSTM(4), jnp.zeros((1, 5, 3)).at[0, 2].set(9.0)
+      >>> cell, xs = jlstm.LSTM(4), jnp.ones((1, 5, 3))
       >>> params = cell.init(jax.random.key(0), xs[:, 0])
       >>> found = jlstm.diagnostics.trace(cell, params, xs)
-      >>> jlstm.diagnostics.writes(found).largest["c"].tolist()
-      [[2, 2, 2, 2]]
+      >>> total = jlstm.diagnostics.writes(found).by_step["c"].sum(1)
+      >>> bool(np.allclose(total, found.memory["c"][:, -1]))
+      True
     """
     trace = only(trace)
     valid, begins = np.asarray(trace.valid), np.asarray(trace.begins)
