@@ -55,7 +55,7 @@ class Verdict:
 
 
 def _steps(count: float) -> str:
-    return f"{count:.3g} step" + "s" * (count != 1)
+    return f"{count:.3g} step" + ("" if count == 1 else "s")
 
 
 def _every(steps: float) -> str:
