@@ -1,6 +1,9 @@
 """What a recurrent network does: its gates, memory and gradients, measured."""
 
+from jlstm.diagnostics.attribution import Attribution, attribute, occlude
+from jlstm.diagnostics.canvas import PALETTE, style
 from jlstm.diagnostics.flow import Flow, GradientFlow, gradient_flow
+from jlstm.diagnostics.health import Verdict, verdict
 from jlstm.diagnostics.jacobians import (
     JacobianNorms,
     Lyapunov,
@@ -20,11 +23,28 @@ from jlstm.diagnostics.memory import (
     writes,
 )
 from jlstm.diagnostics.observe import Trace, Traces, trace
-from jlstm.diagnostics.style import PALETTE, style
-from jlstm.diagnostics.verdict import Verdict, verdict
+from jlstm.diagnostics.plots_flow import (
+    plot_gradient_flow,
+    plot_jacobian_norms,
+    plot_spectrum,
+    plot_training,
+)
+from jlstm.diagnostics.plots_inputs import (
+    plot_attention,
+    plot_attribution,
+    plot_text,
+)
+from jlstm.diagnostics.plots_memory import (
+    plot_gates,
+    plot_memory,
+    plot_time_constants,
+)
+from jlstm.diagnostics.text import ColouredText, colour_text
 
 __all__ = [
     "PALETTE",
+    "Attribution",
+    "ColouredText",
     "DeadUnits",
     "Flow",
     "GradientFlow",
@@ -37,10 +57,23 @@ __all__ = [
     "Traces",
     "Verdict",
     "Writes",
+    "attribute",
+    "colour_text",
     "dead_units",
     "gradient_flow",
     "jacobian_norms",
     "lyapunov_exponents",
+    "occlude",
+    "plot_attention",
+    "plot_attribution",
+    "plot_gates",
+    "plot_gradient_flow",
+    "plot_jacobian_norms",
+    "plot_memory",
+    "plot_spectrum",
+    "plot_text",
+    "plot_time_constants",
+    "plot_training",
     "saturation",
     "spectrum",
     "style",

@@ -175,7 +175,7 @@ def gradient_flow(
       ((2, 5), True)
     """
     masking = {"lengths": lengths, "mask": mask, "resets": resets}
-    check_inputs("gradient_flow", layer, xs, masking)
+    masking = check_inputs("gradient_flow", layer, xs, masking)
     if is_layer(layer) and reverse:
         raise door.error("gradient_flow", "reverse is for cells; a layer says itself")
     masking["key"] = key

@@ -200,7 +200,7 @@ def trace(
       (['i', 'f', 'g', 'o'], (2, 5, 4), (2, 5, 4))
     """
     masking = {"lengths": lengths, "mask": mask, "resets": resets}
-    check_inputs("trace", layer, xs, masking)
+    masking = check_inputs("trace", layer, xs, masking)
     if is_layer(layer) and reverse:
         raise door.error("trace", "reverse is for cells; a layer says itself")
     masking["key"] = key
@@ -210,8 +210,8 @@ def trace(
 
 def check_inputs(
     where: str, layer: Any, xs: PyTree, masking: Mapping[str, Any]
-) -> None:
-    """Refuses what has no steps, and looks at concrete inputs.
+) -> dict[str, Any]:
+    """Refuses what has no steps, looks at concrete inputs, and makes arrays of lists.
 
     Raises:
       TypeError: neither a cell nor a layer.
@@ -220,8 +220,10 @@ def check_inputs(
     if not (hasattr(layer, "step") and hasattr(layer, "init_carry")):
         check_layer_field(where, layer)
     door.check_hashable(layer, where)
-    door.valid_steps(xs, **masking, where=where)
+    made = dict(zip(masking, door.as_arrays(*masking.values()), strict=True))
+    door.valid_steps(xs, **made, where=where)
     check_input(layer, xs)
+    return made
 
 
 def run(layer: Any, reverse: bool, *args: Any, **masking: Any) -> tuple:

@@ -25,33 +25,38 @@ class Verdict:
       steps: in how many steps their norm halves, or doubles; infinity if it does
         neither.
       norms: what was measured.
-      others: by a setting, such as ``"forget_bias=1.0"``, the steps in which they would
-        halve with it, infinity if they would not.
+      others: what would be measured with another setting, such as
+        ``"forget_bias=1.0"``.
     """
 
     word: str
     steps: float
     norms: JacobianNorms
-    others: dict[str, float]
+    others: dict[str, JacobianNorms]
 
     def __repr__(self) -> str:
         median, lags = self.norms.median, self.norms.lags
-        text = f"gradients {self.word}: "
-        if self.word == "hold":
-            text += f"they change by less than a factor {FACTOR:g} in {lags[-1]} steps"
-        else:
-            change = "halve" if self.word == "vanish" else "double"
-            text += f"they {change} {_every(self.steps)}"
-        text += (
-            f" (norm {median[0]:.2g} after {_steps(lags[0])}, {median[-1]:.2g} after "
-            f"{_steps(lags[-1])})"
-        )
-        for setting, steps in self.others.items():
-            if math.isinf(steps):
-                text += f"; with {setting} they would not"
-            else:
-                text += f"; with {setting} they would {_every(steps)}"
+        text = f"gradients {self.word}: they {_change(self.norms)} (norm "
+        text += f"{median[0]:.2g} after {_steps(lags[0])}, {median[-1]:.2g} after "
+        text += f"{_steps(lags[-1])})"
+        for setting, norms in self.others.items():
+            text += f"; with {setting} they would {_change(norms)}"
         return text
+
+
+def _word(norms: JacobianNorms) -> str:
+    change = norms.rate * len(norms.lags)
+    if abs(change) < math.log(FACTOR):
+        return "hold"
+    return "explode" if change > 0 else "vanish"
+
+
+def _change(norms: JacobianNorms) -> str:
+    word = _word(norms)
+    if word == "hold":
+        return f"change by less than a factor {FACTOR:g} in {len(norms.lags)} steps"
+    change = "halve" if word == "vanish" else "double"
+    return f"{change} {_every(math.log(2) / abs(norms.rate))}"
 
 
 def _steps(count: float) -> str:
@@ -92,24 +97,21 @@ def verdict(
       >>> cell, xs = jlstm.LSTM(4, forget_bias=0.0), jnp.zeros((1, 50, 3))
       >>> params = cell.init(jax.random.key(0), xs[:, 0])
       >>> found = jlstm.diagnostics.verdict(cell, params, xs)
-      >>> found.word, found.others["forget_bias=1.0"] > 2 * found.steps
+      >>> found.word, found.others["forget_bias=1.0"].halving > 2 * found.steps
       ('vanish', True)
     """
     norms = jacobian_norms(cell, params, xs, carry, part=part)
-    change = norms.rate * len(norms.lags)
-    others: dict[str, float] = {}
-    if abs(change) < math.log(FACTOR):
-        return Verdict("hold", math.inf, norms, others)
-    if change > 0:
-        return Verdict("explode", math.log(2) / norms.rate, norms, others)
-    for name in BIASES:
+    word = _word(norms)
+    steps = math.inf if word == "hold" else math.log(2) / abs(norms.rate)
+    others: dict[str, JacobianNorms] = {}
+    for name in BIASES if word == "vanish" else ():
         bias = getattr(cell, name, None)
         if isinstance(bias, int | float):
             new = 1.0 if bias < 1 else bias + 2.0
             moved = _moved(cell, name, new, params, xs)
             found = jacobian_norms(cell, moved, xs, carry, part=part)
-            others[f"{name}={new}"] = found.halving
-    return Verdict("vanish", norms.halving, norms, others)
+            others[f"{name}={new}"] = found
+    return Verdict(word, steps, norms, others)
 
 
 def _moved(cell: Any, name: str, new: float, params: PyTree, xs: PyTree) -> PyTree:
