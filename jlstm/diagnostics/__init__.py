@@ -25,6 +25,7 @@ from jlstm.diagnostics.memory import (
 from jlstm.diagnostics.observe import Trace, Traces, trace
 from jlstm.diagnostics.plots_flow import (
     plot_gradient_flow,
+    plot_gradient_history,
     plot_jacobian_norms,
     plot_spectrum,
     plot_training,
@@ -40,6 +41,7 @@ from jlstm.diagnostics.plots_memory import (
     plot_time_constants,
 )
 from jlstm.diagnostics.text import ColouredText, colour_text
+from jlstm.diagnostics.training import Watch, watch
 
 __all__ = [
     "PALETTE",
@@ -56,6 +58,7 @@ __all__ = [
     "Trace",
     "Traces",
     "Verdict",
+    "Watch",
     "Writes",
     "attribute",
     "colour_text",
@@ -68,6 +71,7 @@ __all__ = [
     "plot_attribution",
     "plot_gates",
     "plot_gradient_flow",
+    "plot_gradient_history",
     "plot_jacobian_norms",
     "plot_memory",
     "plot_spectrum",
@@ -80,5 +84,6 @@ __all__ = [
     "time_constants",
     "trace",
     "verdict",
+    "watch",
     "writes",
 ]

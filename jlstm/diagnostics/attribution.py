@@ -100,7 +100,7 @@ def attribute(
       >>> found = jlstm.diagnostics.attribute(
       ...     layer, params, xs, lambda ys: ys[:, -1, 0])
       >>> total = found.values - found.baseline
-      >>> bool(np.allclose(found.steps.sum(1), total, atol=1e-4))
+      >>> bool(np.allclose(found.steps.sum(1), total, atol=1e-3))
       True
 
     References:

@@ -328,13 +328,11 @@ def _step(cell: Any, params: PyTree, carry: PyTree, x: PyTree) -> tuple[list, An
     with naming() as values, jax.disable_jit():
         if not gated(cell):
             cell.step(params, carry, x)
-        else:
-            zx = cell.project(params, x)
-            zh = cell.mix(params, carry, zx)
-            cell.update(params, carry, zx, zh)
-    if not gated(cell):
-        return values, lambda carry: cell.step(params, carry, x)[0]
-    return values, lambda carry: cell.update(params, carry, zx, zh)[0]
+            return values, lambda carry: cell.step(params, carry, x)[0]
+        zx = cell.project(params, x)
+        zh = cell.mix(params, carry, zx)
+        cell.update(params, carry, zx, zh)
+        return values, lambda carry: cell.update(params, carry, zx, zh)[0]
 
 
 def _distinct(names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:

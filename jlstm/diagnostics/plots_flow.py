@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from jlstm import door
-from jlstm.diagnostics.canvas import GREY, PALETTE, canvas, colors, label_steps
+from jlstm.diagnostics.canvas import (
+    GREY,
+    PALETTE,
+    SEQUENTIAL,
+    canvas,
+    colors,
+    label_steps,
+)
 from jlstm.diagnostics.flow import Flow
 from jlstm.diagnostics.jacobians import JacobianNorms, Spectrum
 from jlstm.extras import import_optional
@@ -51,7 +58,8 @@ def plot_gradient_flow(
             values = np.ma.masked_array(parts[of], ~each.valid)
             curve = np.ma.median(values, axis=0) if row is None else values[row]
             curve = np.ma.masked_less_equal(curve, 0)
-            axes.plot(np.arange(len(curve)), curve, color=color, label=label)
+            marker = "o" if curve.count() == 1 else None
+            axes.plot(curve, color=color, marker=marker, ms=4, label=label)
             time = max(time, len(curve))
         whole = "the " if of in ("carry", "output") else ""
         axes.set(yscale="log", ylabel=f"norm of the gradient by {whole}{of}")
@@ -132,8 +140,8 @@ def plot_spectrum(found: Spectrum, *, step: int | None = None, axes: Any = None)
         circle = import_optional("matplotlib.patches").Circle
         axes.add_patch(circle((0, 0), 1, fill=False, ec=GREY, lw=1.0))
         points = axes.scatter(
-            shown.real.ravel(),
-            shown.imag.ravel(),
+            np.real(shown).ravel(),
+            np.imag(shown).ravel(),
             c=steps.ravel() if step is None else PALETTE[0],
             s=9,
             alpha=0.6,
@@ -145,6 +153,38 @@ def plot_spectrum(found: Spectrum, *, step: int | None = None, axes: Any = None)
         if step is None and shown.shape[1] > 1:
             axes.figure.colorbar(points, ax=axes, label="step", pad=0.01)
         return axes.figure
+
+
+def plot_gradient_history(
+    steps: Sequence[int], curves: Mapping[str, Sequence[Any]]
+) -> Any:
+    """Plots the norms of gradients over time, a line a training step.
+
+    Args:
+      steps: the training steps, in order.
+      curves: norms ``[T]`` for each of them, by the path of a recurrence.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    options = {"nrows": len(curves), "sharex": True, "squeeze": False}
+    with canvas(height=0.4 + 1.7 * len(curves), **options) as panels:
+        normalize = import_optional("matplotlib.colors").Normalize
+        norm = normalize(min(steps), max(*steps, min(steps) + 1))
+        tones = import_optional("matplotlib.cm").ScalarMappable(norm, SEQUENTIAL)
+        for panel, (path, lines) in zip(panels[:, 0], curves.items(), strict=True):
+            for step, line in zip(steps, lines, strict=True):
+                curve = np.ma.masked_less_equal(line, 0)
+                panel.plot(curve, color=tones.to_rgba(step), lw=1.2)
+            panel.set(yscale="log", ylabel="norm of the gradient\nby the carry")
+            panel.set_title(path)
+        label_steps(panels[-1, 0], None, len(next(iter(curves.values()))[0]))
+        figure = panels[0, 0].figure
+        figure.colorbar(tones, ax=panels, label="training step", pad=0.01)
+        return figure
 
 
 def plot_training(

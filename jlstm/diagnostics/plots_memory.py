@@ -171,6 +171,7 @@ def plot_time_constants(
                 axes.axvline(np.median(steps), color=color, ls="--", lw=1.2)
         axes.set(xscale="log", xlabel="time constant (steps)", ylabel="units")
         plain_ticks(axes, low, high)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.legend()
         return axes.figure
 
