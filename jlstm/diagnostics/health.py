@@ -60,7 +60,8 @@ def _change(norms: JacobianNorms) -> str:
 
 
 def _steps(count: float) -> str:
-    return f"{count:.3g} step" + ("" if count == 1 else "s")
+    text = f"{count:.3g}"
+    return f"{text} step" + ("" if text == "1" else "s")
 
 
 def _every(steps: float) -> str:

@@ -13,7 +13,7 @@ from jlstm.diagnostics.canvas import PALETTE
 
 POSITIVE, NEGATIVE = PALETTE[1], PALETTE[0]
 # So much of a colour at most, that dark letters on it keep a contrast of 7 to 1.
-MOST = 0.7
+MOST = 0.65
 # Marks of the plain form, from the most negative to the most positive.
 MARKS = "=- +#"
 SHOWN = {"\n": "↵", "\t": "→", "\r": "␍", "": "∅"}
