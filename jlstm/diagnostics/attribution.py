@@ -49,7 +49,7 @@ class Attribution:
 def attribute(
     layer: Layer | Cell,
     params: PyTree,
-    xs: Array,
+    xs: PyTree,
     target: Callable[[PyTree], Array],
     carry: PyTree = None,
     *,
