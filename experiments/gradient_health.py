@@ -19,12 +19,10 @@ import functools
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 import jlstm
-from jlstm import train
+from jlstm import diagnostics, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +75,8 @@ def cells(config: Config) -> dict[str, dict[str, Any]]:
     }
 
 
-def norms(config: Config, cell: Any) -> np.ndarray:
-    """Computes the norms ``[T]`` of dh_t/dh_0, t from 1 on.
+def norms(config: Config, cell: Any) -> diagnostics.JacobianNorms:
+    """Computes the norms of dh_t/dh_0, t from 1 on.
 
     Of a cell without an h, such as the LRU, the whole carry counts.
     """
@@ -86,62 +84,30 @@ def norms(config: Config, cell: Any) -> np.ndarray:
     shape = (config.batch_size, config.length, config.hidden_size)
     xs = config.input_scale * jax.random.normal(keys[0], shape)
     params = cell.init(keys[1], xs[:, 0])
-    fresh = cell.init_carry(params, (1,))
-    start, unravel = ravel_pytree(fresh)
-    marks = jax.tree_util.tree_map_with_path(mark, fresh)
-    chosen = np.flatnonzero(ravel_pytree(marks)[0])
-    chosen = chosen if chosen.size else np.arange(start.size)
-
-    def hidden(h: jax.Array, x: jax.Array) -> jax.Array:
-        """The h of all steps ``[T, H]`` of one row, from its first."""
-        carry = unravel(start.at[chosen].set(h))
-        _, _, carries = jlstm.unroll(
-            cell, params, x[None], carry, return_carries=True, implementation="scan"
-        )
-        rows = [leaf.reshape(config.length, -1) for leaf in jax.tree.leaves(carries)]
-        return jnp.concatenate(rows, axis=-1)[:, chosen]
-
-    # The outputs are more than the inputs, so that forward mode is the quicker.
-    jacobians = jax.jit(jax.vmap(jax.jacfwd(hidden), (None, 0)))
-    found = np.asarray(jacobians(start[chosen], xs), np.float64)
-    return np.median(np.linalg.norm(found, 2, axis=(-2, -1)), axis=0)
+    part = "h" if hasattr(cell.init_carry(params, (1,)), "h") else None
+    return diagnostics.jacobian_norms(cell, params, xs, part=part, anchor="first")
 
 
-def mark(path: Any, leaf: jax.Array) -> jax.Array:
-    """Marks what belongs to h."""
-    name = jax.tree_util.keystr(path, simple=True)
-    return jnp.full_like(leaf, name in ("h", ""))
-
-
-def half_life(found: np.ndarray) -> float:
-    """Steps until a norm is half of what it is after one step, and stays below."""
-    above = np.flatnonzero(found >= found[0] / 2)
-    return float(above[-1] + 1)
-
-
-def plot(found: dict[str, dict[str, np.ndarray]], workdir: train.Workdir) -> None:
+def plot(
+    found: dict[str, dict[str, diagnostics.JacobianNorms]], workdir: train.Workdir
+) -> None:
     """Plots the norms over T, a panel a family."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(
-        1, len(found), figsize=(12, 3.6), sharey=True, layout="constrained"
-    )
-    colors = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"]
-    for panel, (family, curves) in zip(panels, found.items(), strict=True):
-        for (name, curve), color in zip(curves.items(), colors, strict=False):
-            steps = np.arange(1, len(curve) + 1)
-            panel.plot(steps, np.maximum(curve, 1e-12), label=name, color=color, lw=1.6)
-        panel.set(xscale="log", yscale="log", xlabel="T", title=family)
-        panel.set_ylim(1e-8, 1e4)
-        panel.grid(alpha=0.25, lw=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=8, loc="lower left")
-    panels[0].set_ylabel(r"largest singular value of $\partial h_T / \partial h_0$")
-    figure.savefig(workdir.plots / "gradient_health.png", dpi=150)
-    pyplot.close(figure)
+    with diagnostics.style():
+        figure, panels = pyplot.subplots(1, len(found), figsize=(12, 3.6), sharey=True)
+        for panel, (family, curves) in zip(panels, found.items(), strict=True):
+            for name, curve in curves.items():
+                panel.plot(curve.lags, np.maximum(curve.median, 1e-12), label=name)
+            panel.set(xscale="log", yscale="log", xlabel="T", title=family)
+            panel.set_ylim(1e-8, 1e4)
+            panel.legend(loc="lower left")
+        panels[0].set_ylabel("largest singular value of $dh_T / dh_0$")
+        figure.savefig(workdir.plots / "gradient_health.png")
+        pyplot.close(figure)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -155,9 +121,10 @@ def main(config: Config) -> dict[str, Any]:
         for family, members in cells(config).items()
     }
     plot(found, workdir)
-    curves = {
-        name: curve for members in found.values() for name, curve in members.items()
+    each = {
+        name: norms for members in found.values() for name, norms in members.items()
     }
+    curves = {name: norms.median for name, norms in each.items()}
     write = train.write_jsonl(workdir.metrics)
     for t in range(1, config.length + 1):
         at_t = {name: float(curve[t - 1]) for name, curve in curves.items()}
@@ -166,14 +133,14 @@ def main(config: Config) -> dict[str, Any]:
     print(f"{'':24}{'half-life':>10}" + "".join(f"{f'T = {t}':>12}" for t in at))
     for name, curve in curves.items():
         row = "".join(f"{curve[t - 1]:>12.2g}" for t in at)
-        print(f"{name:24}{half_life(curve):>10.0f}{row}")
+        print(f"{name:24}{each[name].half_life:>10}{row}")
     return workdir.write_result(
         metric=f"norm of dh_T/dh_0 at T = {config.length}, LSTM, chrono initialisation",
         value=curves["LSTM, chrono"][-1],
         floor=curves["Elman, Glorot weights"][-1],
         floor_name="simple recurrent network, Glorot weights",
         lower_is_better=False,
-        half_lives={name: half_life(curve) for name, curve in curves.items()},
+        half_lives={name: float(norms.half_life) for name, norms in each.items()},
     )
 
 

@@ -22,7 +22,7 @@ from jlstm.diagnostics.memory import (
     time_constants,
     writes,
 )
-from jlstm.diagnostics.observe import Trace, Traces, trace
+from jlstm.diagnostics.observe import trace
 from jlstm.diagnostics.plots_flow import (
     plot_gradient_flow,
     plot_gradient_history,
@@ -41,6 +41,7 @@ from jlstm.diagnostics.plots_memory import (
     plot_time_constants,
 )
 from jlstm.diagnostics.text import ColouredText, colour_text
+from jlstm.diagnostics.traces import Trace, Traces
 from jlstm.diagnostics.training import Watch, watch
 
 __all__ = [

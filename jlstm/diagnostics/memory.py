@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from jlstm import door
-from jlstm.diagnostics.observe import Trace, Traces
+from jlstm.diagnostics.traces import Trace, Traces
 
 
 def only(trace: Trace | Traces) -> Trace:

@@ -18,7 +18,7 @@ from jlstm.diagnostics.canvas import (
     plain_ticks,
 )
 from jlstm.diagnostics.memory import TimeConstants, only
-from jlstm.diagnostics.observe import Trace, Traces
+from jlstm.diagnostics.traces import Trace, Traces
 
 # With so many units at most, each is a line; of more, quantiles are shown.
 MOST_LINES = len(PALETTE)

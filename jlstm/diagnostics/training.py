@@ -13,8 +13,9 @@ import numpy as np
 from jlstm import door
 from jlstm.diagnostics.flow import GradientFlow, gradient_flow
 from jlstm.diagnostics.memory import dead_units, saturation, time_constants
-from jlstm.diagnostics.observe import Traces, check_inputs, trace
+from jlstm.diagnostics.observe import check_inputs, trace
 from jlstm.diagnostics.plots_flow import plot_gradient_history, plot_training
+from jlstm.diagnostics.traces import Traces
 from jlstm.layers.recurrent import check_layer_field
 from jlstm.types import Array, Layer, PyTree
 
