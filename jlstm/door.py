@@ -164,7 +164,7 @@ def unroll(
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static in a call of :func:`unroll`; equal calls compile once."""
+    """What is static in a call of :func:`jlstm.unroll`; equal calls compile once."""
 
     cell: Any
     implementation: str
@@ -467,7 +467,7 @@ def valid_steps(
 
 
 def check_checkpoint_every(value: Any, where: str) -> None:
-    """Refuses what :func:`unroll` does not take as ``checkpoint_every``.
+    """Refuses what :func:`jlstm.unroll` does not take as ``checkpoint_every``.
 
     Raises:
       ValueError: neither a positive integer, nor ``"sqrt"``, nor ``None``.
@@ -534,9 +534,9 @@ def explain(
     checkpoint_every: int | Literal["sqrt"] | None = None,
     implementation: str | None = None,
 ) -> Explanation:
-    """Says which implementation :func:`unroll` would run, and why not the others.
+    """Says which implementation :func:`jlstm.unroll` would run, and why not the others.
 
-    The arguments are those of :func:`unroll`; without ``xs``, dtypes that an
+    The arguments are those of :func:`jlstm.unroll`; without ``xs``, dtypes that an
     implementation supports are assumed.
 
     Raises:

@@ -182,7 +182,7 @@ def save(path: str | os.PathLike[str], program: jax.export.Exported) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> jax.export.Exported:
-    """Reads the program that :func:`save` wrote.
+    """Reads the program that :func:`jlstm.export.save` wrote.
 
     A program computes what it was made to: load those of people whom you trust. Each
     ``program.call`` outside of ``jax.jit`` is prepared anew, so jit it.

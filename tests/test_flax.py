@@ -205,7 +205,7 @@ def test_flax_is_loaded_where_it_is_touched(monkeypatch):
 def test_the_page_on_flax_and_files_runs(tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
     pytest.importorskip("flatbuffers")
-    page = Path(__file__).parents[1] / "docs" / "exchange.md"
+    page = Path(__file__).parents[1] / "docs" / "how-to" / "exchange.md"
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
     assert len(blocks) == 6

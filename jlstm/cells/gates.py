@@ -340,11 +340,11 @@ def activate(
     gate_activation: Callable[[Array], Array],
     names: Sequence[str] | None = None,
 ) -> tuple[Array, ...]:
-    """Does what :func:`gates` does, with other functions for its letters.
+    """Does what :func:`jlstm.gates` does, with other functions for its letters.
 
     Args:
       z: pre-activations ``[..., len(kinds) * H]``.
-      kinds: one letter a gate, as in :func:`gates`.
+      kinds: one letter a gate, as in :func:`jlstm.gates`.
       activation: for each ``t``; with :func:`tanh` and :func:`sigmoid`, all is done in
         one go.
       gate_activation: for each ``s``.

@@ -64,7 +64,7 @@ def save(path: str | os.PathLike[str], layer: Layer, params: PyTree) -> None:
 def load(
     path: str | os.PathLike[str], layer: Layer | None = None
 ) -> tuple[Any, PyTree]:
-    """Reads what :func:`save` wrote, after all of it is checked.
+    """Reads what :func:`jlstm.save` wrote, after all of it is checked.
 
     Nothing is imported or called because a file names it. Without a layer, all classes
     and functions in the file must be jlstm's own, or activations of ``jax.nn`` and

@@ -63,7 +63,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
-    """Reads the pytree that :func:`save` wrote.
+    """Reads the pytree that :func:`jlstm.train.save` wrote.
 
     Args:
       path: of the folder.

@@ -1,0 +1,161 @@
+"""Directives of the site: the reference from public names, tables from result files."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.nodes import make_refnode
+
+ROOT = Path(__file__).resolve().parents[2]
+# What classes have from elsewhere, and no reader needs.
+FOREIGN = ("Alias for field number", "Returns a new object replacing", "Create new inst")
+
+_held: dict[str, list[str]] = {}
+
+
+def find(name: str) -> Any:
+    """The object of a dotted name, or None."""
+    parts = name.split(".")
+    for k in range(len(parts), 0, -1):
+        try:
+            value: Any = import_module(".".join(parts[:k]))
+        except ImportError:
+            continue
+        for part in parts[k:]:
+            value = getattr(value, part, None)
+        return value
+    return None
+
+
+class Symbols(SphinxDirective):
+    """Public names, less `jlstm.`: a table of their first sentences, then each in full."""
+
+    has_content = True
+    option_spec = {"members": directives.flag}
+
+    def run(self) -> list[nodes.Node]:
+        """Writes the directives of autodoc."""
+        names = [f"jlstm.{name}" for line in self.content for name in line.split()]
+        values = {name: find(name) for name in names}
+        for name, value in values.items():
+            if value is None:
+                raise self.error(f"symbols: there is no {name}")
+        modules = [name for name in names if inspect.ismodule(values[name])]
+        names = [name for name in names if name not in modules]
+        lines = [""]
+        for name in modules:
+            lines += [f".. automodule:: {name}", "   :no-members:", ""]
+        if len(names) > 1:
+            lines += [".. currentmodule:: None", ""]
+            lines += [".. autosummary::", "   :nosignatures:", ""]
+            lines += [f"   {name}" for name in names]
+        for name in names:
+            is_class = inspect.isclass(values[name])
+            callable_ = inspect.isroutine(values[name]) or hasattr(
+                values[name], "__wrapped__"
+            )
+            kind = "class" if is_class else "function" if callable_ else "data"
+            lines += ["", f".. auto{kind}:: {name}"]
+            if is_class and "members" in self.options:
+                lines += ["   :members:"]
+        text = "\n".join(["````{eval-rst}", *lines, "````"])
+        return self.parse_text_to_nodes(text)
+
+
+class Measured(SphinxDirective):
+    """A table made from result files, by `experiments/report.py`."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Reads the files and writes a table in Markdown."""
+        sys.path.insert(0, str(ROOT / "experiments"))
+        report = import_module("report")
+        for path in (ROOT / "experiments" / "results").glob("*.json"):
+            self.env.note_dependency(path)
+        return self.parse_text_to_nodes(getattr(report, self.arguments[0])())
+
+
+def skip(
+    app: Sphinx, what: str, name: str, value: Any, skipped: bool, options: Any
+) -> bool | None:
+    """Leaves out methods that come with named tuples and dataclasses of flax."""
+    if (inspect.getdoc(value) or "").startswith(FOREIGN):
+        return True
+    return None
+
+
+def hold(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
+) -> None:
+    """Hides docstrings of fields from Napoleon, which takes a colon for a type."""
+    if what == "attribute":
+        _held[name] = lines[:]
+        lines.clear()
+
+
+def give_back(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
+) -> None:
+    """Undoes `hold`."""
+    if what == "attribute":
+        lines[:] = _held.pop(name)
+
+
+def unwrap(
+    app: Sphinx,
+    what: str,
+    name: str,
+    value: Any,
+    options: Any,
+    signature: str | None,
+    returns: str | None,
+) -> tuple[str | None, str | None]:
+    """Writes names of types as names, which Sphinx forgets to do in unions."""
+
+    def names(text: str | None) -> str | None:
+        text = text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
+        return text and text.replace("<factory>", "...")  # that it may be parsed
+
+    return names(signature), names(returns)
+
+
+def resolve(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Node
+) -> nodes.Node | None:
+    """Links a name to where its object is documented under another one."""
+    if node.get("refdomain") != "py" or app.builder is None:
+        return None
+    target = node["reftarget"]
+    value = find(target)
+    if value is None or isinstance(value, str | int | bool):
+        return None
+    for name, entry in env.domains.python_domain.objects.items():
+        if name.rpartition(".")[2] == target.rpartition(".")[2] and find(name) is value:
+            return make_refnode(
+                app.builder, node["refdoc"], entry.docname, entry.node_id, content, name
+            )
+    return None
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Adds the directives."""
+    app.add_directive("symbols", Symbols)
+    app.add_directive("measured", Measured)
+    app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-docstring", hold, priority=400)
+    app.connect("autodoc-process-docstring", give_back, priority=600)
+    app.connect("autodoc-process-signature", unwrap)
+    app.connect("missing-reference", resolve)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
