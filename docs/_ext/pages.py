@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -19,9 +21,15 @@ from sphinx.util.nodes import make_refnode
 
 ROOT = Path(__file__).resolve().parents[2]
 # What classes have from elsewhere, and no reader needs.
-FOREIGN = ("Alias for field number", "Returns a new object replacing", "Create new inst")
+FOREIGN = (
+    "Alias for field number",
+    "Returns a new object replacing",
+    "Create new inst",
+)
 
 _held: dict[str, list[str]] = {}
+_began: dict[str, float] = {}
+_took: dict[str, float] = {}
 
 
 def find(name: str) -> Any:
@@ -39,10 +47,10 @@ def find(name: str) -> Any:
 
 
 class Symbols(SphinxDirective):
-    """Public names, less `jlstm.`: a table of their first sentences, then each in full."""
+    """Names in jlstm: a table of their first sentences, then each in full."""
 
     has_content = True
-    option_spec = {"members": directives.flag}
+    option_spec: ClassVar[dict[str, Any]] = {"members": directives.flag}
 
     def run(self) -> list[nodes.Node]:
         """Writes the directives of autodoc."""
@@ -131,6 +139,23 @@ def unwrap(
     return names(signature), names(returns)
 
 
+def begin(app: Sphinx, name: str, source: list[str]) -> None:
+    """Notes when a page begins to be read."""
+    _began[name] = time.perf_counter()
+
+
+def end(app: Sphinx, tree: nodes.document) -> None:
+    """Notes how long a page took."""
+    name = app.env.current_document.docname
+    _took[name] = time.perf_counter() - _began.pop(name)
+
+
+def report(app: Sphinx, error: Exception | None) -> None:
+    """Writes the seconds of each page beside the site."""
+    path = Path(app.outdir).parent / "seconds.json"
+    path.write_text(json.dumps(_took), encoding="utf-8")
+
+
 def resolve(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Node
 ) -> nodes.Node | None:
@@ -149,6 +174,24 @@ def resolve(
     return None
 
 
+def mend_anchors(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object
+) -> None:
+    """Corrects links from source pages, which take all of a file to have one prefix."""
+    if not page.startswith("_modules/") or "body" not in context:
+        return
+    known = app.env.domains.python_domain.objects
+
+    def mend(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in known:
+            rest = name.removeprefix("jlstm.")
+            name = next((n for n in known if n.endswith("." + rest)), name)
+        return f'#{name}"'
+
+    context["body"] = re.sub(r'#(jlstm\.[\w.]+)"', mend, context["body"])
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Adds the directives."""
     app.add_directive("symbols", Symbols)
@@ -157,5 +200,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", hold, priority=400)
     app.connect("autodoc-process-docstring", give_back, priority=600)
     app.connect("autodoc-process-signature", unwrap)
+    app.connect("source-read", begin)
+    app.connect("doctree-read", end)
+    app.connect("build-finished", report)
+    app.connect("html-page-context", mend_anchors)
     app.connect("missing-reference", resolve)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return {"parallel_read_safe": False, "parallel_write_safe": True}
