@@ -37,7 +37,12 @@ exclude_patterns = ["_ext", "_static", "**/_*.md"]
 templates_path: list[str] = []
 
 # Pages.
-myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = [
+    "attrs_block",
+    "colon_fence",
+    "deflist",
+    "dollarmath",
+]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 suppress_warnings = ["config.cache"]
@@ -115,7 +120,6 @@ napoleon_use_rtype = False
 python_maximum_signature_line_length = 72
 python_use_unqualified_type_names = True
 viewcode_line_numbers = True
-add_module_names = False
 toc_object_entries_show_parents = "hide"
 nitpicky = True
 # Names of types that say more than what they stand for; jlstm/types.py has them.
@@ -161,6 +165,8 @@ html_theme_options = {
     "show_navbar_depth": 1,
     "show_toc_level": 2,
     "home_page_in_toc": False,
+    "navbar_persistent": [],
+    "footer_content_items": [],
     "use_download_button": False,
     "use_fullscreen_button": False,
     "use_source_button": False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import sys
 import time
@@ -82,17 +83,28 @@ class Symbols(SphinxDirective):
 
 
 class Measured(SphinxDirective):
-    """A table made from result files, by `experiments/report.py`."""
+    """A table or figure made from result files, by `experiments/report.py`."""
 
     required_arguments = 1
+    option_spec: ClassVar[dict[str, Any]] = {"alt": directives.unchanged_required}
 
     def run(self) -> list[nodes.Node]:
-        """Reads the files and writes a table in Markdown."""
+        """Reads the files, and writes a table in Markdown or draws a figure."""
         sys.path.insert(0, str(ROOT / "experiments"))
         report = import_module("report")
         for path in (ROOT / "experiments" / "results").glob("*.json"):
             self.env.note_dependency(path)
-        return self.parse_text_to_nodes(getattr(report, self.arguments[0])())
+        name = self.arguments[0]
+        if not name.endswith("_figure"):
+            return self.parse_text_to_nodes(getattr(report, name)())
+        path = ROOT / "build" / "docs" / "figures" / f"{name}.svg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        getattr(report, name)(path)
+        page = Path(self.env.doc2path(self.env.current_document.docname))
+        return self.parse_text_to_nodes(
+            f"```{{image}} {os.path.relpath(path, page.parent)}\n"
+            f":alt: {self.options['alt']}\n```"
+        )
 
 
 def skip(
@@ -134,6 +146,7 @@ def unwrap(
 
     def names(text: str | None) -> str | None:
         text = text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
+        text = text and re.sub(r"<function (\w+)>", r"\1", text)
         return text and text.replace("<factory>", "...")  # that it may be parsed
 
     return names(signature), names(returns)

@@ -1,0 +1,189 @@
+"""Tables of what experiments and benchmarks measured, from the files they left.
+
+    python experiments/report.py --collect runs/*   # finished runs into results/
+    python experiments/report.py --write            # the table in README.md
+
+A file in `results/` holds the `result.json`, `config.json` and `env.json` of one run, and
+is named after its experiment, preset and data, and its seed where that is not 0. Runs
+that differ in their seed alone make one row, with mean and deviation. No figure of a row
+is written by hand; rows of the README whose run has no file there are left as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jlstm.bench import report
+
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results"
+TABLE = re.compile(r"(?<=<!-- table -->\n).*(?=<!-- end of table -->)", re.DOTALL)
+HEAD = (
+    "| script | task | score | floor | time |\n"
+    "|---|---|---|---|---|\n"
+)  # fmt: skip
+Run = dict[str, Any]
+
+
+def name_of(run: Run) -> str:
+    """The name of a run's file, less its seed."""
+    result, data = run["result"], run["config"].get("data")
+    parts = [result["experiment"], result["preset"], *([Path(data).stem] if data else [])]
+    return "-".join(parts)
+
+
+def collect(workdirs: Sequence[Path]) -> None:
+    """Copies what runs left into `results/`.
+
+    Raises:
+      SystemExit: a run has not ended.
+    """
+    for workdir in workdirs:
+        if not (workdir / "result.json").exists():
+            raise SystemExit(f"--collect: {workdir} has no result.json, it has not ended")
+        files = {"result": "result", "config": "config", "environment": "env"}
+        run = {
+            key: json.loads((workdir / f"{file}.json").read_text(encoding="utf-8"))
+            for key, file in files.items()
+        }
+        if run["config"].get("data"):
+            run["config"]["data"] = Path(run["config"]["data"]).name
+        seed = run["result"]["seed"]
+        path = RESULTS / f"{name_of(run)}{f'-seed{seed}' if seed else ''}.json"
+        path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        print(path)
+
+
+def read() -> dict[str, list[Run]]:
+    """The runs in `results/`, those that differ in their seed alone together."""
+    runs: dict[str, list[Run]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if "result" in run:
+            runs.setdefault(name_of(run), []).append(run)
+    return runs
+
+
+def row(runs: Sequence[Run]) -> str:
+    """One line of the table."""
+    result, config = runs[0]["result"], runs[0]["config"]
+    script = FOLDER / f"{result['experiment']}.py"
+    doc = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    command = f"`{script.name} --preset {result['preset']}`"
+    task = doc.partition("\n")[0].rstrip(".")
+    if data := config.get("data"):
+        command = f"{command[:-1]} --data {data}`"
+    values = [run["result"]["value"] for run in runs]
+    score = number(statistics.fmean(values), result)
+    if len(values) > 1:
+        score += f" ± {number(statistics.stdev(values), result)} ({len(values)} seeds)"
+    beats = all(run["result"]["beats_floor"] for run in runs)
+    score += f" {result['metric']}" + ("" if beats else " (**not better**)")
+    floor = f"{number(result['floor'], result)}, {result['floor_name']}"
+    time = duration(statistics.fmean(run["result"]["seconds"] for run in runs))
+    return f"| {command} | {task} | {score} | {floor} | {time} |\n"
+
+
+def number(value: float, result: Run) -> str:
+    """Writes a score with four figures, an accuracy as a percentage."""
+    if "accuracy" in result["metric"]:
+        return f"{100 * value:.2f} %"
+    return f"{value:#.4g}" if 1e-3 < abs(value) < 1e4 else f"{value:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """Writes a time as it is said."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def table(old: str = "") -> str:
+    """The table of experiments; rows of an old one whose run has no file stay."""
+    rows = {line.split("|")[1]: line for line in map(row, read().values())}
+    kept = [line for line in old.splitlines(keepends=True)[2:]]
+    left = dict(rows)
+    lines = [left.pop(line.split("|")[1], line) for line in kept]
+    return HEAD + "".join([*lines, *left.values()])
+
+
+def readme(text: str) -> str:
+    """The README with its table as it should be."""
+    return TABLE.sub(lambda match: table(match[0]), text)
+
+
+def speed() -> dict[str, Any]:
+    """What `python -m jlstm bench` measured."""
+    return report.read(RESULTS / "bench.json")
+
+
+def speed_summary() -> str:
+    """Speeds of all loops against other libraries."""
+    return report.summary(speed())
+
+
+def speed_tables() -> str:
+    """Times by size, a table a suite."""
+    tables = [report.table(name, entry) for name, entry in speed()["suites"].items()]
+    return "\n\n".join(tables)
+
+
+def speed_figure(path: Path) -> None:
+    """Draws the speeds by size."""
+    report.plot(speed(), path)
+
+
+def speed_settings() -> str:
+    """Where and with what the speeds were measured."""
+    found = next(iter(speed()["suites"].values()))["environment"]
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    cores = len(found["cores"])
+    return f"{found['cpu']}, {cores} cores, {found['date'][:10]}; {versions}."
+
+
+GLANCE = {
+    ("lstm-train", "torch"): "as fast as PyTorch: gradients of an LSTM layer",
+    ("lstm-train", "jax"): "as fast as the fastest of Flax, Haiku, Equinox and Keras",
+    ("bilstm-ragged", "torch"): "as fast as PyTorch: two BiLSTM layers, unequal lengths",
+    ("mgu", "scan"): "as fast as a plain scan: a cell written by a user",
+}
+
+
+def glance() -> str:
+    """The front page's figures: what runs by default, geometric means over sizes."""
+    lines = ["::::{grid} 2 2 4 4", ":gutter: 2", ""]
+    for (suite, reference), words in GLANCE.items():
+        cases = [case["workers"] for case in speed()["suites"][suite]["cases"]]
+        for variant in ("native", "one"):  # the default: native where there is one
+            ratios = [report.versus(case, variant, reference) for case in cases]
+            found = [ratio for ratio in ratios if ratio is not None]
+            if len(found) == len(cases):
+                break
+        value = report.geometric_mean(found)
+        lines += [":::{grid-item-card}", ":class-card: glance", ""]
+        lines += [f"**{value:.1f} ×**", "", words, ":::", ""]
+    return "\n".join([*lines, "::::"])
+
+
+def main() -> None:
+    """Prints the table, or does what it is told."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--collect", nargs="+", type=Path, metavar="WORKDIR", default=[])
+    parser.add_argument("--write", action="store_true", help="into README.md")
+    options = parser.parse_args()
+    collect(options.collect)
+    path = FOLDER / "README.md"
+    text = path.read_text(encoding="utf-8")
+    if options.write:
+        path.write_text(readme(text), encoding="utf-8")
+    elif not options.collect:
+        print(table(), end="")
+
+
+if __name__ == "__main__":
+    main()
