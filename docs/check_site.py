@@ -43,8 +43,11 @@ LOOK = r"""() => {
   });
   const width = document.documentElement.scrollWidth;
   if (width > window.innerWidth) {
-    const widest = [...article.querySelectorAll("*")]
-      .find((e) => e.getBoundingClientRect().right > window.innerWidth + 1);
+    const scrolls = (e) => e && e !== document.documentElement &&
+      (getComputedStyle(e).overflowX !== "visible" || scrolls(e.parentElement));
+    const widest = [...document.body.querySelectorAll("*")].find((e) =>
+      e.getBoundingClientRect().right > window.innerWidth + 1 &&
+      !scrolls(e.parentElement));
     wrong.push(`${width} wide: ${widest ? widest.outerHTML.slice(0, 120) : "?"}`);
   }
   return wrong;
@@ -65,7 +68,7 @@ def listen(page: Any, base: str, wrong: list[str]) -> None:
         wrong.append(f"{page.url.removeprefix(base)}: {text}")
 
     page.on("console", lambda m: note(f"console: {m.text}") if m.type == "error" else 0)
-    page.on("pageerror", lambda error: note(f"script: {error}"))
+    page.on("pageerror", lambda error: note(f"script: {error.stack or error}"))
     page.on("requestfailed", lambda r: note(f"failed: {r.url}"))
     page.on("response", lambda r: note(f"{r.status}: {r.url}") if r.status > 399 else 0)
 

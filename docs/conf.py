@@ -20,7 +20,7 @@ project = "jlstm"
 author = "the authors of jlstm"
 project_copyright = author
 version = release = jlstm.__version__
-language = "en_GB"
+language = "en"
 
 extensions = [
     "myst_nb",
@@ -153,6 +153,7 @@ if katex.katex_version != KATEX:
 html_math_renderer = "katex"
 html_theme = "sphinx_book_theme"
 html_title = "jlstm"
+html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = [("site.js", {"defer": "defer"})]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -16,6 +17,7 @@ from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
@@ -149,12 +151,28 @@ def unwrap(
         text = text and re.sub(r"<function (\w+)>", r"\1", text)
         return text and text.replace("<factory>", "...")  # that it may be parsed
 
-    return names(signature), names(returns)
+    signature = names(signature)
+    if signature and dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            # Functions that are objects, such as jax.nn.relu.
+            if (word := getattr(field.default, "__name__", None)) is not None:
+                start = rf"(\b{field.name}: [^=]*= )<[^>]*>"
+                signature = re.sub(start, rf"\g<1>{word}", signature)
+    return signature, names(returns)
 
 
 def begin(app: Sphinx, name: str, source: list[str]) -> None:
     """Notes when a page begins to be read."""
     _began[name] = time.perf_counter()
+
+
+def align(app: Sphinx, tree: nodes.document) -> None:
+    """Wraps formulas of several lines, which KaTeX takes in no other way."""
+    for node in tree.findall(nodes.math_block):
+        formula = node.astext()
+        if ("&" in formula or r"\\" in formula) and r"\begin{" not in formula:
+            lines = r"\begin{aligned}" + f"\n{formula}\n" + r"\end{aligned}"
+            node.children = [nodes.Text(lines)]
 
 
 def end(app: Sphinx, tree: nodes.document) -> None:
@@ -207,6 +225,9 @@ def mend_anchors(
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Adds the directives."""
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.add_directive("symbols", Symbols)
     app.add_directive("measured", Measured)
     app.connect("autodoc-skip-member", skip)
@@ -214,6 +235,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", give_back, priority=600)
     app.connect("autodoc-process-signature", unwrap)
     app.connect("source-read", begin)
+    app.connect("doctree-read", align)
     app.connect("doctree-read", end)
     app.connect("build-finished", report)
     app.connect("html-page-context", mend_anchors)
