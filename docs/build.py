@@ -6,10 +6,10 @@
 
 Four steps, each of which ends the build where it fails: the notebooks are run, two at a
 time, and their results kept in build/docs; Sphinx makes the pages, any warning being an
-error; the Python of all other pages is run, blocks of a page one after another, and the
-examples with prompts compared; and every link, anchor and file of the site is looked up,
-of which none may come from elsewhere. At the end the pages are listed with the seconds
-that each took.
+error; the Python of all other pages is run, blocks of a page one after another, and
+the examples with prompts compared; every link, anchor and file of the site is looked
+up, of which none may come from elsewhere. At the end the pages are listed with the
+seconds that each took.
 """
 
 from __future__ import annotations
@@ -168,9 +168,12 @@ def check_links(out: Path) -> list[str]:
                 target = Path(os.path.normpath(target))
                 if not target.is_file():
                     wrong.append(f"{where}: there is no {link}")
-                elif parts.fragment and target in site:
-                    if unquote(parts.fragment) not in site[target].ids:
-                        wrong.append(f"{where}: there is no anchor {link}")
+                elif (
+                    parts.fragment
+                    and target in site
+                    and unquote(parts.fragment) not in site[target].ids
+                ):
+                    wrong.append(f"{where}: there is no anchor {link}")
     for path in sorted(out.rglob("*.css")):
         text = path.read_text(encoding="utf-8")
         if found := re.search(r"(?:@import|url\()\s*['\"]?(https?:)?//[^)'\"]*", text):

@@ -5,9 +5,9 @@
 
 At three widths, in light and in dark: no error in the console, no request that fails or
 goes elsewhere, all mathematics rendered, all images there and with alt text, nothing
-wider than the page; and the search finds "bidirectional". Pages of source are opened once.
-Screenshots of whole pages go to the folder given. It ends with code 1 if anything is
-wrong.
+wider than the page; and the search finds "bidirectional". Pages of source are opened
+once. Screenshots of whole pages go to the folder given. It ends with code 1 if anything
+is wrong.
 """
 
 from __future__ import annotations

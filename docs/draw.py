@@ -4,7 +4,7 @@
 
 An LSTM over four steps. Dots show what moves: the input into a step, the memory and the
 output on to the next. One set of keyframes serves all steps, each of which begins a
-fifth of the time after the one before. Who asks for reduced motion sees the dots at rest.
+fifth of the time after the one before. Who asks for reduced motion sees no dots.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ MEMORY, GATES, BUS, INPUT, OUTPUT = 95, 140, 170, 236, 40  # heights
 PLACES = {"f": 20, "i": 44, "g": 68, "o": 92}
 COLOURS = {"f": "#ee6677", "i": "#4477aa", "g": "#228833", "o": "#aa3377"}
 SECONDS = 7.5
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 STYLE = f"""
 .unrolled {{ --ink: var(--pst-color-text-base, #222832);
@@ -32,7 +33,8 @@ STYLE = f"""
   stroke-width: 1.5; }}
 .unrolled .node {{ fill: var(--pst-color-background, #fff); stroke: var(--line);
   stroke-width: 1.5; }}
-.unrolled .dot {{ opacity: 0; stroke: var(--pst-color-background, #fff); stroke-width: 1.5; }}
+.unrolled .dot {{ opacity: 0; stroke: var(--pst-color-background, #fff);
+  stroke-width: 1.5; }}
 .unrolled .in {{ fill: #ccbb44; }}
 .unrolled .memory {{ fill: #ee6677; }}
 .unrolled .out {{ fill: #4477aa; }}
@@ -104,10 +106,10 @@ def step(t: int) -> str:
         wire((o, BUS), (o, MEMORY)),
         wire((o, 118), (side, 118), (side, BUS), (CELL, BUS)),
         wire((side, 118), (side, OUTPUT + 18)),
-        node(f, MEMORY, "×"),
+        node(f, MEMORY, TIMES),
         node(middle, MEMORY, "+"),
-        node(middle, 118, "×"),
-        node(o, 118, "×"),
+        node(middle, 118, TIMES),
+        node(o, 118, TIMES),
         variable(f, INPUT, "x", t + 1),
         variable(side, OUTPUT, "h", t + 1),
     ]
@@ -125,9 +127,7 @@ def step(t: int) -> str:
     ]
     left = LEFT + t * (CELL + GAP)
     inside = "\n  ".join(parts)
-    return (
-        f'<g style="--t: {t}" transform="translate({left} 0)">\n  {inside}\n</g>'
-    )
+    return f'<g style="--t: {t}" transform="translate({left} 0)">\n  {inside}\n</g>'
 
 
 def picture() -> str:

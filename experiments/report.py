@@ -3,10 +3,10 @@
     python experiments/report.py --collect runs/*   # finished runs into results/
     python experiments/report.py --write            # the table in README.md
 
-A file in `results/` holds the `result.json`, `config.json` and `env.json` of one run, and
-is named after its experiment, preset and data, and its seed where that is not 0. Runs
-that differ in their seed alone make one row, with mean and deviation. No figure of a row
-is written by hand; rows of the README whose run has no file there are left as they are.
+A file in `results/` holds the `result.json`, `config.json` and `env.json` of one run,
+and is named after its experiment, preset and data, and its seed where that is not 0.
+Runs that differ in their seed alone make one row, with mean and deviation. Rows of the
+README whose run has no file there are left as they are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ Run = dict[str, Any]
 def name_of(run: Run) -> str:
     """The name of a run's file, less its seed."""
     result, data = run["result"], run["config"].get("data")
-    parts = [result["experiment"], result["preset"], *([Path(data).stem] if data else [])]
+    parts = [
+        result["experiment"],
+        result["preset"],
+        *([Path(data).stem] if data else []),
+    ]
     return "-".join(parts)
 
 
@@ -47,7 +51,9 @@ def collect(workdirs: Sequence[Path]) -> None:
     """
     for workdir in workdirs:
         if not (workdir / "result.json").exists():
-            raise SystemExit(f"--collect: {workdir} has no result.json, it has not ended")
+            raise SystemExit(
+                f"--collect: {workdir} has no result.json, it has not ended"
+            )
         files = {"result": "result", "config": "config", "environment": "env"}
         run = {
             key: json.loads((workdir / f"{file}.json").read_text(encoding="utf-8"))
@@ -149,7 +155,10 @@ def speed_settings() -> str:
 GLANCE = {
     ("lstm-train", "torch"): "as fast as PyTorch: gradients of an LSTM layer",
     ("lstm-train", "jax"): "as fast as the fastest of Flax, Haiku, Equinox and Keras",
-    ("bilstm-ragged", "torch"): "as fast as PyTorch: two BiLSTM layers, unequal lengths",
+    (
+        "bilstm-ragged",
+        "torch",
+    ): "as fast as PyTorch: two BiLSTM layers, unequal lengths",
     ("mgu", "scan"): "as fast as a plain scan: a cell written by a user",
 }
 
@@ -166,14 +175,16 @@ def glance() -> str:
                 break
         value = report.geometric_mean(found)
         lines += [":::{grid-item-card}", ":class-card: glance", ""]
-        lines += [f"**{value:.1f} ×**", "", words, ":::", ""]
+        lines += [f"**{value:.1f} \N{MULTIPLICATION SIGN}**", "", words, ":::", ""]
     return "\n".join([*lines, "::::"])
 
 
 def main() -> None:
     """Prints the table, or does what it is told."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--collect", nargs="+", type=Path, metavar="WORKDIR", default=[])
+    parser.add_argument(
+        "--collect", nargs="+", type=Path, metavar="WORKDIR", default=[]
+    )
     parser.add_argument("--write", action="store_true", help="into README.md")
     options = parser.parse_args()
     collect(options.collect)

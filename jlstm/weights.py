@@ -74,7 +74,7 @@ def save_weights(
 def load_weights(
     path: str | os.PathLike[str], like: PyTree, *, require_hash: bool = True
 ) -> PyTree:
-    """Reads the pytree that :func:`jlstm.train.save_weights` wrote, after all of it is checked.
+    """Reads what :func:`jlstm.train.save_weights` wrote, after all of it is checked.
 
     It reads the params in a file of :func:`jlstm.save` too.
 

@@ -139,8 +139,8 @@ class MGU:
 
     Attributes:
       hidden_size: ``H``.
-      reset_after: Flax's form, :func:`jlstm.cells.mgu_reset_after_step`: one recurrent product, and
-        a gate that keeps where the published one replaces.
+      reset_after: Flax's form, :func:`jlstm.cells.mgu_reset_after_step`: one recurrent
+        product, and a gate that keeps where the published one replaces.
       forget_bias: added to the bias of ``f`` at init. Flax has 1. In the published form
         a negative one remembers for longer.
       learned_carry: learns the fresh carry, which starts at zero.
