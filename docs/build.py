@@ -71,7 +71,11 @@ def execute(jobs: int) -> dict[str, float]:
         name, page, notebook = job
         with tempfile.TemporaryDirectory() as folder:
             result = single_nb_execution(
-                notebook, cwd=folder, timeout=conf.nb_execution_timeout
+                notebook,
+                folder,
+                conf.nb_execution_timeout,
+                allow_errors=False,
+                startup_timeout=180,
             )
         return name, page, notebook, result
 

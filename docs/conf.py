@@ -89,6 +89,7 @@ _PROFILE.mkdir(parents=True, exist_ok=True)
 (_PROFILE / "ipython_kernel_config.py").write_text(
     """\
 c = get_config()
+c.Application.log_level = "ERROR"
 c.HistoryManager.enabled = False
 c.InlineBackend.figure_formats = {"svg"}
 c.InlineBackend.print_figure_kwargs = {
