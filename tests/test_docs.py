@@ -180,6 +180,16 @@ def test_links_lead_somewhere_and_images_have_words(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
+def test_options_of_cells_can_be_read(page):
+    for cell in re.findall(r"^```\{code-cell\}.*\n(.*?)^```", text(page), re.S | re.M):
+        options, rest = re.match(r"((?::.*\n)*)(.*)", cell, re.S).groups()  # type: ignore
+        assert not options or not re.match(r"[ \t]+\S", rest), (
+            f"{name(page)}: options of several lines stand between two lines of ---:\n"
+            f"{cell[:300]}"
+        )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_figures_of_notebooks_have_words(page):
     for cell in re.findall(r"^```\{code-cell\}.*?^```", text(page), re.S | re.M):
         draws = re.search(r"\bplt\.|subplots|\.plot\(|imshow|Figure\(", cell)
