@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import warnings
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -21,12 +22,20 @@ from jax.sharding import PartitionSpec as P
 from jlstm import train
 from jlstm.train.step import reach
 
+QUANTILES = (0.1, 0.5, 0.8)
+
+
+def quantile_loss(predictions, targets, **masking):
+    return train.quantile_loss(predictions, targets, QUANTILES, **masking)
+
+
 LOSSES = {
     "softmax": (train.softmax_cross_entropy, True),
     "accuracy": (train.accuracy, True),
     "sigmoid": (train.sigmoid_cross_entropy, False),
     "squared": (train.squared_error, False),
     "absolute": (train.absolute_error, False),
+    "quantile": (quantile_loss, True),  # its targets lack the last dimension too
 }
 
 
@@ -58,6 +67,9 @@ def per_element(name, logits, labels):
             return (z - y) ** 2
         case "absolute":
             return np.abs(z - y)
+        case "quantile":
+            error, tau = y[..., None] - z, np.array(QUANTILES)
+            return np.where(error > 0, tau * error, (tau - 1) * error)
     raise ValueError(name)
 
 
@@ -98,7 +110,9 @@ def test_softmax_cross_entropy_equals_optax(smoothing):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["softmax", "sigmoid", "squared", "absolute"])
+@pytest.mark.parametrize(
+    "name", ["softmax", "sigmoid", "squared", "absolute", "quantile"]
+)
 def test_losses_ignore_garbage_under_the_mask(name):
     loss_fn, of_classes = LOSSES[name]
     logits, labels = make_inputs(of_classes)
@@ -130,7 +144,7 @@ def test_losses_of_bfloat16_logits_are_computed_in_float32():
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["softmax", "sigmoid", "squared"])
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "squared", "quantile"])
 def test_mean_over_nothing_is_zero_with_zero_gradient(name):
     loss_fn, of_classes = LOSSES[name]
     logits, labels = make_inputs(of_classes)
@@ -195,6 +209,70 @@ def test_losses_agree_on_a_sharded_batch(name, axis_type):
         )
         got = jax.jit(jax.value_and_grad(value))(*inputs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+
+
+def test_quantile_loss_is_least_at_the_quantiles_of_the_data():
+    targets = np.random.default_rng(0).gamma(2.0, size=401).astype("f")
+    best = np.quantile(targets, QUANTILES).astype("f")
+
+    def value(predictions):
+        rows = jnp.broadcast_to(predictions, (len(targets), len(QUANTILES)))
+        return quantile_loss(rows, targets).value
+
+    for index in range(len(QUANTILES)):
+        for change in (-0.1, 0.1):
+            moved = best.copy()
+            moved[index] += change
+            assert value(moved) > value(best)
+    slope = jax.grad(value)(best)  # what one of 401 targets weighs, at most
+    np.testing.assert_allclose(slope, 0, atol=1 / (3 * len(targets)))
+
+
+def test_median_loss_is_half_the_absolute_error():
+    predictions, targets = make_inputs(False)
+    options = {"lengths": np.array([5, 0, 2, 4])}
+    got = train.quantile_loss(predictions[..., None], targets, (0.5,), **options)
+    want = train.absolute_error(predictions, targets, **options)
+    assert int(got.count) == int(want.count)
+    np.testing.assert_allclose(2 * got.value, want.value, rtol=1e-6)
+
+
+def test_sorted_predictions_have_no_higher_quantile_loss():
+    predictions, targets = make_inputs(True)
+    every = partial(quantile_loss, targets=targets)
+    before = jax.vmap(jax.vmap(lambda p, t: quantile_loss(p, t).value))
+    rows = before(predictions, targets.astype("f"))
+    assert (before(np.sort(predictions), targets.astype("f")) <= rows + 1e-6).all()
+    assert every(np.sort(predictions)).value < every(predictions).value
+
+
+def test_quantile_loss_takes_nan_targets_under_the_mask():
+    predictions, _ = make_inputs(False)
+    targets = np.random.default_rng(2).normal(size=(4, 5)).astype("f")
+    mask = np.random.default_rng(1).random((4, 5)) < 0.6
+    value = jax.value_and_grad(lambda p, t: quantile_loss(p, t, mask=mask).value)
+    clean = value(predictions, targets)
+    dirty = value(predictions, np.where(mask, targets, np.nan))
+    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantiles": ()}, r"quantiles must be numbers in \(0, 1\)"),
+        ({"quantiles": (0.0, 0.5, 0.9)}, r"in \(0, 1\), at least one, got \(0.0"),
+        ({"quantiles": 0.5}, r"in \(0, 1\), at least one, got 0.5"),
+        ({"quantiles": (0.1, 0.9)}, r"must be \[4, 5, 2\], one for each of the 2"),
+        ({"targets": np.zeros((4, 5, 3))}, r"must be \[4, 5, 3, 3\], one for each"),
+        ({"mask": np.ones((4, 5))}, "mask must be boolean"),
+        ({"lengths": np.full(4, 6)}, r"lengths must be in 0\.\.5, got 6"),
+    ],
+)
+def test_quantile_loss_refuses_bad_input_in_one_line(options, message):
+    given = {"targets": np.zeros((4, 5)), "quantiles": QUANTILES, **options}
+    with pytest.raises(ValueError, match=f"quantile_loss: .*{message}") as error:
+        train.quantile_loss(make_inputs(True)[0], **given)
+    assert "\n" not in str(error.value)
 
 
 def test_bits_converts_nats():

@@ -12,7 +12,7 @@ under every kind of mesh.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -223,6 +223,70 @@ def absolute_error(
         where, predictions, targets, mask, lengths
     )
     return _mean(jnp.abs(predictions - targets), valid)
+
+
+def quantile_loss(
+    predictions: ArrayLike,
+    targets: ArrayLike,
+    quantiles: Sequence[float],
+    *,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+) -> Mean:
+    r"""Computes the quantile (pinball) loss of several quantiles at once.
+
+    .. math:: \max\big(\tau u, (\tau - 1) u\big), \qquad u = y - \hat y_\tau
+
+    which is least, on average, where :math:`\hat y_\tau` is the :math:`\tau`-quantile
+    of :math:`y`; at 0.5 it is half the absolute error. Nothing keeps predictions in the
+    order of their quantiles. Where quantiles ascend, predictions sorted along the last
+    axis have no higher a loss.
+
+    Args:
+      predictions: ``[..., Q]``, one a quantile.
+      targets: ``[...]``.
+      quantiles: the ``Q`` values of :math:`\tau`, in ``(0, 1)``, such as
+        ``(0.1, 0.5, 0.9)``.
+      mask: boolean, true where valid; its shape begins the shape of ``targets``.
+      lengths: ``[B]``, for targets ``[B, T, ...]``.
+
+    Returns:
+      The mean over valid targets and all quantiles.
+
+    Raises:
+      ValueError: shapes that do not fit, or a quantile out of range.
+
+    Example:
+      >>> predictions = jnp.array([[1.0, 2.0, 6.0]])
+      >>> loss = jlstm.train.quantile_loss(
+      ...     predictions, jnp.array([3.0]), (0.1, 0.5, 0.9)
+      ... )
+      >>> print(loss.count, loss.value)  # (0.1 * 2 + 0.5 * 1 + 0.1 * 3) / 3
+      3 0.33333334
+
+    References:
+      Koenker & Bassett, Regression quantiles, 1978.
+    """
+    where = "quantile_loss"
+    levels = np.asarray(quantiles, np.float64)
+    if levels.ndim != 1 or not levels.size or not ((levels > 0) & (levels < 1)).all():
+        raise ValueError(
+            f"{where}: quantiles must be numbers in (0, 1), at least one, got "
+            f"{quantiles}; such as (0.1, 0.5, 0.9)"
+        )
+    shape = (*jnp.shape(targets), len(levels))
+    if jnp.shape(predictions) != shape:
+        raise ValueError(
+            f"{where}: predictions must be {list(shape)}, one for each of the "
+            f"{len(levels)} quantiles of targets [...], got {type_name(predictions)} "
+            f"for targets {type_name(targets)}"
+        )
+    valid = _valid(where, jnp.shape(targets), mask, lengths)
+    predictions, targets = _clean(predictions, valid), _clean(targets, valid)
+    dtype = max(predictions.dtype, targets.dtype, key=lambda dtype: dtype.itemsize)
+    error = targets.astype(dtype)[..., None] - predictions.astype(dtype)
+    tau = jnp.asarray(levels, dtype).reshape((1,) * (len(shape) - 1) + levels.shape)
+    return _mean(jnp.maximum(tau * error, (tau - 1) * error), valid)
 
 
 def bits(nats: Mean) -> Mean:
