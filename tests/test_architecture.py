@@ -202,7 +202,9 @@ def test_configs_are_frozen_dataclasses(config):
     assert config.__hash__ is not None
 
 
-@pytest.mark.parametrize("module", ["jlstm", "jlstm.bench.run", "jlstm.convert"])
+@pytest.mark.parametrize(
+    "module", ["jlstm", "jlstm.bench.run", "jlstm.convert", "jlstm.diagnostics"]
+)
 def test_import_loads_no_optional_package(module):
     code = (
         "import sys, jax, flax.struct, optax\n"

@@ -723,6 +723,11 @@ def mistakes() -> dict[str, tuple[Any, Any, str]]:
             ValueError,
             "trace: reverse is for cells; a layer says itself",
         ),
+        "no recurrence": (
+            lambda: dx.trace(jlstm.Dropout(0.5), (), xs),
+            ValueError,
+            "trace: finds no recurrence in Dropout(0.5); what runs inside a jax.jit",
+        ),
         "lengths": (
             lambda: dx.trace(layer, params, xs, lengths=[9, 1]),
             ValueError,
@@ -832,10 +837,11 @@ def test_mistakes_are_told_in_one_line():
         assert "\n" not in str(caught.value)
 
 
-def test_layers_of_users_are_traced_where_they_name_their_parts():
+def test_layers_of_users_are_traced_unless_they_compile_their_parts():
     @dataclasses.dataclass(frozen=True)
     class Named:
         inner: Any
+        compiled: bool = False
 
         def init(self, key, xs):
             return self.inner.init(key, xs)
@@ -844,7 +850,14 @@ def test_layers_of_users_are_traced_where_they_name_their_parts():
             return self.inner.init_carry(params, batch_shape)
 
         def apply(self, params, xs, carry=None, **masking):
-            return run_layer("inner", self.inner, params, xs, carry, **masking)
+            def run(params, xs):
+                return run_layer("inner", self.inner, params, xs, carry, **masking)
+
+            return (jax.jit(run) if self.compiled else run)(params, xs)
 
     layer, xs = Named(jlstm.RNN(jlstm.Elman(H))), draw(B, T, D)
-    assert list(dx.trace(layer, made(layer, xs), xs)) == ["inner"]
+    params = made(layer, xs)
+    assert list(dx.trace(layer, params, xs)) == ["inner"]
+    for call in (dx.trace, lambda *args: dx.gradient_flow(*args, jnp.sum)):
+        with pytest.raises(ValueError, match="finds no recurrence in .*, so give the"):
+            call(dataclasses.replace(layer, compiled=True), params, xs)

@@ -14,7 +14,14 @@ from flax import struct
 
 from jlstm import door
 from jlstm.cells.wrappers import Beside, Prepared, Wrapper, prepare
-from jlstm.diagnostics.observe import check_inputs, name_of, observed, run
+from jlstm.diagnostics.observe import (
+    check_inputs,
+    in_sight,
+    name_of,
+    observed,
+    out_of_sight,
+    run,
+)
 from jlstm.layers.recurrent import is_layer
 from jlstm.types import Array, Cell, Layer, PyTree, config, gated, is_inexact
 
@@ -164,7 +171,8 @@ def gradient_flow(
 
     Raises:
       TypeError: neither a cell nor a layer.
-      ValueError: the loss is no number; or what the layer refuses.
+      ValueError: the loss is no number; no recurrence can be seen; or what the layer
+        refuses.
 
     Example:
       >>> layer, xs = jlstm.RNN(jlstm.LSTM(4)), jnp.ones((2, 5, 3))
@@ -185,7 +193,8 @@ def gradient_flow(
         raise door.error(
             "gradient_flow", f"loss must return one number, got {shape}; take its mean"
         )
-    value, found = _flow(layer, reverse, loss, params, xs, carry, masking)
+    with in_sight("gradient_flow", layer):
+        value, found = _flow(layer, reverse, loss, params, xs, carry, masking)
     flows = {}
     for each in found:
         norms = [np.asarray(norm) for norm in each.norms]
@@ -231,6 +240,8 @@ def _flow(
 
     # What is looked at belongs to a trace of its own, and has shapes alone.
     jax.eval_shape(lambda: observed(look, call)[0])
+    if not found:
+        raise out_of_sight("gradient_flow", layer)
 
     def differentiated(perturbations: Any) -> tuple[Array, dict[str, Array]]:
         valid: dict[str, Array] = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -77,7 +78,8 @@ def trace(
     if is_layer(layer) and reverse:
         raise door.error("trace", "reverse is for cells; a layer says itself")
     masking["key"] = key
-    ys, last, found = _trace(layer, reverse, params, xs, carry, masking)
+    with in_sight("trace", layer):
+        ys, last, found = _trace(layer, reverse, params, xs, carry, masking)
     return Traces(found, ys, last) if is_layer(layer) else found[0]
 
 
@@ -123,6 +125,28 @@ def observed(
         return call()
 
 
+@contextlib.contextmanager
+def in_sight(where: str, layer: Any) -> Iterator[None]:
+    """Says what to do where a recurrence runs out of sight.
+
+    Raises:
+      ValueError: it runs inside a function that the layer compiles or scans itself.
+    """
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError:
+        raise out_of_sight(where, layer) from None
+
+
+def out_of_sight(where: str, layer: Any) -> ValueError:
+    """Makes the error of a layer whose recurrences cannot be seen."""
+    return door.error(
+        where,
+        f"finds no recurrence in {layer!r}; what runs inside a jax.jit or a lax.scan "
+        "of the layer's own cannot be seen, so give the part inside by itself",
+    )
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _trace(
     layer: Any, reverse: bool, params: PyTree, xs: PyTree, carry: PyTree, masking: dict
@@ -137,6 +161,8 @@ def _trace(
     ys, carry = observed(
         observer, lambda: run(layer, reverse, params, xs, carry, **masking)
     )[:2]
+    if not found:
+        raise out_of_sight("trace", layer)
     return ys, carry, tuple(found)
 
 

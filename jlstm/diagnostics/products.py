@@ -15,7 +15,7 @@ from jlstm import door
 from jlstm.cells.wrappers import prepare
 from jlstm.diagnostics.observe import check_inputs, name_of
 from jlstm.layers.recurrent import check_cell_field
-from jlstm.types import Array, PyTree
+from jlstm.types import Array, PyTree, common_dtype
 
 Anchor = Literal["last", "first"]
 
@@ -79,8 +79,13 @@ def _columns(places: tuple[int, ...], carry: Array) -> Array:
     return jnp.broadcast_to(eye, (batch, *eye.shape))
 
 
+def _wide(array: Array) -> Array:
+    """In float32 at least, of which linear algebra knows."""
+    return array.astype(common_dtype(array.dtype, jnp.float32))
+
+
 def _logarithm(matrix: Array, scale: Array) -> Array:
-    return jnp.log(jnp.linalg.norm(matrix, 2, axis=(-2, -1))) + scale
+    return jnp.log(jnp.linalg.norm(_wide(matrix), 2, axis=(-2, -1))) + _wide(scale)
 
 
 def _scaled(matrix: Array, scale: Array) -> tuple[Array, Array]:
@@ -137,7 +142,7 @@ def jacobians(
         carry, made = _push(lambda c: step(c, x), carry, columns)
         return carry, made[:, chosen]
 
-    return jnp.moveaxis(jax.lax.scan(each, first, xs)[1], 0, 1)
+    return _wide(jnp.moveaxis(jax.lax.scan(each, first, xs)[1], 0, 1))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -148,13 +153,14 @@ def exponents(
     first, xs, step = _begin(cell, params, xs, carry)
     batch, size = first.shape
     # Not the unit vectors, of which a recurrence may never leave some.
-    start = jax.random.orthogonal(jax.random.key(0), size, dtype=first.dtype)
-    start = jnp.broadcast_to(start[:, :count], (batch, size, count))
+    start = jax.random.orthogonal(jax.random.key(0), size, dtype=_wide(first).dtype)
+    start = start[:, :count].astype(first.dtype)
+    start = jnp.broadcast_to(start, (batch, size, count))
 
     def each(state: tuple[Array, Array], x: PyTree) -> tuple[tuple, Array]:
         carry, columns = _push(lambda c: step(c, x), *state)
-        columns, triangle = jnp.linalg.qr(columns)
+        columns, triangle = jnp.linalg.qr(_wide(columns))
         factors = jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1))
-        return (carry, columns), jnp.log(factors)
+        return (carry, columns.astype(carry.dtype)), jnp.log(factors)
 
     return jax.lax.scan(each, (first, start), xs)[1][skip:].mean(0)
