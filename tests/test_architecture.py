@@ -101,6 +101,7 @@ def package(path: Path) -> str:
     return path.relative_to(ROOT / "jlstm").parts[0].removesuffix(".py")
 
 
+MODULES = ("jlstm", "jlstm.bench.run", "jlstm.convert", "jlstm.diagnostics")
 SOURCES = sorted((ROOT / "jlstm").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 
@@ -202,9 +203,7 @@ def test_configs_are_frozen_dataclasses(config):
     assert config.__hash__ is not None
 
 
-@pytest.mark.parametrize(
-    "module", ["jlstm", "jlstm.bench.run", "jlstm.convert", "jlstm.diagnostics"]
-)
+@pytest.mark.parametrize("module", MODULES)
 def test_import_loads_no_optional_package(module):
     code = (
         "import sys, jax, flax.struct, optax\n"

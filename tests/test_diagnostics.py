@@ -859,5 +859,5 @@ def test_layers_of_users_are_traced_unless_they_compile_their_parts():
     params = made(layer, xs)
     assert list(dx.trace(layer, params, xs)) == ["inner"]
     for call in (dx.trace, lambda *args: dx.gradient_flow(*args, jnp.sum)):
-        with pytest.raises(ValueError, match="finds no recurrence in .*, so give the"):
+        with pytest.raises(ValueError, match=r"finds no recurrence in .*, so give"):
             call(dataclasses.replace(layer, compiled=True), params, xs)
