@@ -88,7 +88,7 @@ nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_excludepatterns = LONG if SMOKE else []
 nb_execution_show_tb = True
-nb_output_stderr = "remove-warn"
+nb_output_stderr = "show"
 nb_merge_streams = True
 # Figures are SVG files: sharp at any width, and the file that is shown is the one that
 # is downloaded.

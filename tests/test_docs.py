@@ -162,6 +162,8 @@ def test_links_lead_somewhere_and_images_have_words(page):
         path, _, fragment = target.partition("#")
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{name(page)}: there is no {target}"
+        if page.is_relative_to(DOCS):
+            assert file.is_relative_to(DOCS), f"{name(page)}: {target} leaves the site"
         if fragment and file.suffix == ".md":
             assert fragment in anchors(file), f"{name(page)}: no anchor {target}"
     for words in re.findall(r"\{doc\}`([^`]*)`", text(page)):

@@ -19,6 +19,7 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.domains.python import PyObject
 from sphinx.environment import BuildEnvironment
+from sphinx.util import inspect as sphinx_inspect
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
@@ -124,7 +125,7 @@ def hold(
     app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
 ) -> None:
     """Hides docstrings of fields from Napoleon, which takes a colon for a type."""
-    if what == "attribute":
+    if what in ("attribute", "property"):
         _held[name] = lines[:]
         lines.clear()
 
@@ -133,7 +134,7 @@ def give_back(
     app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
 ) -> None:
     """Undoes `hold`."""
-    if what == "attribute":
+    if what in ("attribute", "property"):
         lines[:] = _held.pop(name)
 
 
@@ -146,10 +147,9 @@ def unwrap(
     signature: str | None,
     returns: str | None,
 ) -> tuple[str | None, str | None]:
-    """Writes names of types as names, which Sphinx forgets to do in unions."""
+    """Writes functions that are defaults by their names."""
 
     def names(text: str | None) -> str | None:
-        text = text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
         text = text and re.sub(r"<function (\w+)>", r"\1", text)
         return text and text.replace("<factory>", "...")  # that it may be parsed
 
@@ -196,14 +196,20 @@ def resolve(
     if node.get("refdomain") != "py" or app.builder is None:
         return None
     target = node["reftarget"]
-    value = find(target)
-    if value is None or isinstance(value, str | int | bool):
-        return None
-    for name, entry in env.domains.python_domain.objects.items():
-        if name.rpartition(".")[2] == target.rpartition(".")[2] and find(name) is value:
-            return make_refnode(
-                app.builder, node["refdoc"], entry.docname, entry.node_id, content, name
-            )
+    known = env.domains.python_domain.objects
+    last = target.rpartition(".")[2]
+    names = [name for name in known if name.rpartition(".")[2] == last]
+    if last == target:  # of a first sentence, which has lost its module
+        names = [f"jlstm.{target}"] if f"jlstm.{target}" in names else names
+        names = names if len({known[name].node_id for name in names}) == 1 else []
+    else:
+        value = find(target)
+        names = [n for n in names if value is not None and find(n) is value]
+    for name in names:
+        entry = known[name]
+        return make_refnode(
+            app.builder, node["refdoc"], entry.docname, entry.node_id, content, name
+        )
     return None
 
 
@@ -227,6 +233,9 @@ def mend_anchors(
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Adds the directives."""
+    # Sphinx writes names of types as they are, but forgets to in unions.
+    if forgotten := getattr(sphinx_inspect, "TypeAliasForwardRef", None):
+        forgotten.__repr__ = lambda self: self.name
     for field in PyObject.doc_field_types:
         if field.name == "variable":
             field.label = "Attributes"
