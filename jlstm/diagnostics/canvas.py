@@ -63,8 +63,16 @@ def style() -> Iterator[None]:
       >>> figure.get_size_inches().tolist()
       [7.0, 3.0]
     """
-    with import_optional("matplotlib").rc_context(settings()):
+    made = settings()
+    parameters = import_optional("matplotlib").rcParams
+    before = {name: parameters[name] for name in made}
+    parameters.update(made)
+    try:
         yield
+    finally:
+        # These alone: an rc_context would also undo what the first figure of a notebook
+        # sets when it loads its backend, and no later one would be shown.
+        parameters.update(before)
 
 
 @contextlib.contextmanager
