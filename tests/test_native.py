@@ -301,6 +301,41 @@ def test_checkpoints_change_nothing(cell, every, kind, reverse):
     check(found, expected, GRADIENT_TOLERANCE)
 
 
+# A process of its own: there are two devices here, and so one thread a call.
+SHORT_BLOCK = """
+import jax
+import jlstm
+import test_native
+from jlstm.kernels import native
+
+cell = jlstm.LSTM(64)
+(_, xs, carry, fresh), _ = test_native.arguments(cell, 16, 410, 2)
+params = cell.init(jax.random.key(0), xs[:, 0])  # of which no gradient explodes
+
+def gradient(every):
+    def score(params):
+        ys, _, _ = native.unroll(
+            cell, params, xs, carry, fresh, checkpoint_every=every
+        )
+        return (ys**2).sum()
+    return jax.jit(jax.grad(score))
+
+expected, again = gradient(None)(params), gradient(100)
+for found in [again(params) for _ in range(40)]:  # threads meet by chance
+    test_native.check(found, expected, 1e-4)
+"""
+
+
+@pytest.mark.slow
+def test_short_last_block_keeps_out_of_the_way_of_other_threads():
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parent), str(here)])
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", SHORT_BLOCK]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_native_comes_first_where_it_can():
     assert door.able(jlstm.LSTM(3))[0] == "native"
 

@@ -331,7 +331,7 @@ ffi::Error forward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
                    bool reverse, int64_t devices) {
   const Threads threads(pool, devices);
   const auto x = xs.dimensions();
-  const Shape s{x[0], x[1], x[2], w_hh.dimensions()[0], x[1]};
+  const Shape s{x[0], x[1], x[2], w_hh.dimensions()[0], x[1], x[1]};
   const Cell cell = gru ? Cell::kGru : Cell::kLstm;
   const bool projected = w_ih.element_count() == 0;
   const Forward io{data(xs),  projected,      data(bias),      data(bias_n),
@@ -371,7 +371,7 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
   const auto x = xs.dimensions();
   const bool projected = w_ih.element_count() == 0, again = ys.element_count() == 0;
   const int64_t B = x[0], T = x[1], H = w_hh.dimensions()[0], G = gru ? 3 : 4;
-  const Shape s{B, T, projected ? 0 : x[2], H, T};
+  const Shape s{B, T, projected ? 0 : x[2], H, T, every};
   const Cell cell = gru ? Cell::kGru : Cell::kLstm;
   const Flags flags = flags_of(mask, resets, reverse);
   const auto dealt = deal(s, flags.mask, threads.count);
@@ -408,7 +408,7 @@ ffi::Error backward(ffi::ThreadPool pool, Buffer xs, Buffer w_ih, Buffer w_hh,
     const int64_t width = projected ? G * H : x[2];
     for (int64_t nth = 0; nth < blocks; ++nth) {
       const int64_t k = reverse ? nth : blocks - 1 - nth, start = k * every;
-      const Shape block{B, std::min(every, T - start), s.D, H, T};
+      const Shape block{B, std::min(every, T - start), s.D, H, T, every};
       const auto from = [&](auto* all, int64_t step) {
         return all == nullptr ? nullptr : all + step;
       };

@@ -143,7 +143,7 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
       }
     }
     active.find(flags, rows, count, s.stride, t, [&](int64_t i) {
-      clear(io.ys + (rows[i] * s.T + t) * H, H);
+      clear(io.ys + (rows[i] * s.kept + t) * H, H);
     });
     for (int64_t p = 0; p < P; ++p) {
       const float* w_x = packed + p * (x_count + H) * G * W;
@@ -157,7 +157,7 @@ void forward(const Shape& s, const Flags& flags, const Forward& io, const float*
         int64_t at[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          at[r] = rows[places[r]] * s.T + t;
+          at[r] = rows[places[r]] * s.kept + t;
           x[r] = io.xs + (rows[places[r]] * s.stride + t) * x_size;
           h[r] = h_at(places[r], 0);
           if (!kLstm) acc[r][3] = load(io.bias_n + u, n);
@@ -430,7 +430,7 @@ class Backwards {
     const int64_t from = source[i * s.T + t];
     if (from == kInitial) return io.h0 + rows[i] * H;
     if (from == kFresh) return io.fresh_h + rows[i] * H;
-    return io.ys + (rows[i] * s.T + from) * H;
+    return io.ys + (rows[i] * s.kept + from) * H;
   }
 
   // Computes the cotangents of the gates of a step, and of the carry but for W_hh.
@@ -446,7 +446,7 @@ class Backwards {
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) sum[g] = load(sums.at(g * padded + u));
       for (int64_t a = 0; a < active.count; ++a) {
-        const int64_t i = active.places[a], at = rows[i] * s.T + t;
+        const int64_t i = active.places[a], at = rows[i] * s.kept + t;
         const float* gates = io.gates + at * 4 * H + u;
         float* dz = dzs.at((p * size + filled + a) * 4 * W);
         float* dh_at = dhs.at(i * padded + u);
@@ -499,7 +499,7 @@ class Backwards {
   }
 
   void fetch(int64_t i, int64_t t, int64_t u) const {
-    const int64_t at = rows[i] * s.T + t;
+    const int64_t at = rows[i] * s.kept + t;
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) __builtin_prefetch(io.gates + (at * 4 + g) * H + u);
     __builtin_prefetch(io.dys + (rows[i] * s.stride + t) * H + u);

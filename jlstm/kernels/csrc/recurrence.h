@@ -22,6 +22,9 @@ struct Shape {
   // How many steps a row of xs, dys, dxs, dz, mask and resets has, which may be more
   // than the T that are taken.
   int64_t stride;
+  // How many steps a row of ys, gates and before_c has: as many in a block that is
+  // shorter than the others, since another thread may still be in one of those.
+  int64_t kept;
 };
 
 // What is true of steps; null where there is none.
