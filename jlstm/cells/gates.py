@@ -370,7 +370,7 @@ def sigmoid(x: Array) -> Array:
       >>> jlstm.sigmoid(jnp.zeros(2)).tolist()
       [0.5, 0.5]
     """
-    return _activate(x, "s")[0]
+    return _activate_one(x, "s")
 
 
 def tanh(x: Array) -> Array:
@@ -380,7 +380,11 @@ def tanh(x: Array) -> Array:
       >>> jlstm.tanh(jnp.zeros(2)).tolist()
       [0.0, 0.0]
     """
-    return _activate(x, "t")[0]
+    return _activate_one(x, "t")
+
+
+def _activate_one(x: Array, kind: str) -> Array:
+    return _activate(jnp.atleast_1d(x), kind)[0].reshape(jnp.shape(x))
 
 
 def positive(x: Array) -> Array:
