@@ -325,6 +325,15 @@ def test_gates_saturate_without_overflow(dtype):
         np.testing.assert_array_equal(gradient, jnp.zeros_like(z))
 
 
+@pytest.mark.parametrize(
+    ("function", "slope"), [(jlstm.sigmoid, 0.25), (jlstm.tanh, 1)]
+)
+def test_activations_take_a_number(function, slope):
+    value, found = jax.value_and_grad(function)(0.0)
+    assert value == function(jnp.zeros((1, 1)))[0, 0]
+    assert found == slope
+
+
 @pytest.mark.parametrize("kinds", ["", "sx"])
 def test_gates_refuses_other_letters(kinds):
     message = rf"^gates: kinds must be letters s and t, got '{kinds}'$"
