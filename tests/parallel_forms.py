@@ -45,7 +45,7 @@ def main() -> int:
     for steps in given.times:
         for cell in (*cells, jlstm.MLSTM(size, num_heads=4)):
             linear = not isinstance(cell, jlstm.MLSTM)
-            names = LINEAR if linear else CHUNKED[steps > LONG]
+            names = LINEAR if linear else CHUNKED[steps * given.batch > LONG]
             print(f"\n{cell!r}, T = {steps}\n{head}", flush=True)
             compare(cell, steps, names, given)
     return 0
@@ -57,7 +57,7 @@ def compare(cell: Any, steps: int, names: tuple[str, ...], given: Any) -> None:
     xs = jnp.asarray(draw((given.batch, steps, given.hidden_size)), jnp.float32)
     params = cell.init(jax.random.key(0), xs[:, 0])
     # Where that is too large for a gradient, some steps are computed twice.
-    wide = isinstance(cell, jlstm.MLSTM) and steps > LONG
+    wide = isinstance(cell, jlstm.MLSTM) and steps * given.batch > LONG
     runs = {name: functions(cell, name) for name in names}
     reference = functions(cell, "scan", "sqrt" if wide else None)
     expected = jax.device_get([run(params, xs) for run in reference])

@@ -84,11 +84,16 @@ class JacobianNorms:
     def __repr__(self) -> str:
         steps = self.lags[[0, -1]]
         change = "grows" if self.rate > 0 else "falls"
+        # What does not fall has neither.
+        falls = (
+            f"; half-life {self.half_life} steps, memory length "
+            f"{self.memory_length:.3g} steps"
+        )
         return (
             f"norm of the Jacobian of {self.part} over k steps: {self.median[0]:.3g} "
             f"at k = {steps[0]}, {self.median[-1]:.3g} at k = {steps[1]}; it {change} "
-            f"by a factor {math.exp(abs(self.rate)):.3g} a step; half-life "
-            f"{self.half_life} steps, memory length {self.memory_length:.3g} steps"
+            f"by a factor {math.exp(abs(self.rate)):.3g} a step"
+            f"{falls if self.rate < 0 else ''}"
         )
 
 
