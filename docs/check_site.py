@@ -69,7 +69,12 @@ def listen(page: Any, base: str, wrong: list[str]) -> None:
 
     page.on("console", lambda m: note(f"console: {m.text}") if m.type == "error" else 0)
     page.on("pageerror", lambda error: note(f"script: {error.stack or error}"))
-    page.on("requestfailed", lambda r: note(f"failed: {r.url}"))
+
+    def failed(r: Any) -> None:
+        if r.failure != "net::ERR_ABORTED":  # which is what leaving a page does
+            note(f"failed, {r.failure}: {r.url}")
+
+    page.on("requestfailed", failed)
     page.on("response", lambda r: note(f"{r.status}: {r.url}") if r.status > 399 else 0)
 
     def request(r: Any) -> None:
