@@ -90,6 +90,8 @@ nb_execution_excludepatterns = LONG if SMOKE else []
 nb_execution_show_tb = True
 nb_output_stderr = "show"
 nb_merge_streams = True
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 # Figures are SVG files: sharp at any width, and the file that is shown is the one that
 # is downloaded.
 nb_mime_priority_overrides = [("html", "image/svg+xml", 1)]

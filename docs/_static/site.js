@@ -1,10 +1,14 @@
-// Each figure that code has drawn can be taken as the file that is shown.
+// Each figure that code has drawn opens alone, and can be taken as the file it is.
 document.querySelectorAll(".cell_output img").forEach((image) => {
-  const link = document.createElement("a");
-  link.className = "take-figure";
-  link.href = image.src;
-  link.download = "";
-  link.textContent = image.src.split(".").pop().toUpperCase();
-  link.setAttribute("aria-label", "Download this figure: " + image.alt);
-  image.after(link);
+  const open = document.createElement("a");
+  open.href = image.src;
+  image.replaceWith(open);
+  open.append(image);
+  const take = document.createElement("a");
+  take.className = "take-figure";
+  take.href = image.src;
+  take.download = "";
+  take.textContent = image.src.split(".").pop().toUpperCase();
+  take.setAttribute("aria-label", "Download this figure: " + image.alt);
+  open.after(take);
 });
