@@ -81,6 +81,8 @@ nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_excludepatterns = LONG if SMOKE else []
+if SMOKE:  # what is not run does not know its language
+    suppress_warnings += ["myst-nb.lexer"]
 nb_execution_show_tb = True
 nb_output_stderr = "show"
 nb_merge_streams = True
