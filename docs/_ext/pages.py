@@ -59,8 +59,6 @@ class Symbols(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Writes the directives of autodoc."""
         names = [f"jlstm.{name}" for line in self.content for name in line.split()]
-        if find("jlstm.diagnostics") is None:  # until it is part of the library
-            names = [n for n in names if not n.startswith("jlstm.diagnostics")]
         values = {name: find(name) for name in names}
         for name, value in values.items():
             if value is None:
