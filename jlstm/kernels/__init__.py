@@ -12,8 +12,8 @@ from jlstm.kernels.request import Request
 # In the order in which they are chosen where none is named. What stands after "scan",
 # which always can, runs where it is named alone. On two cores of a CPU, by
 # tests/parallel_forms.py, "chunkwise" was 1.2 to 1.7 times as fast as "fused" forward,
-# and 1.5 to 2.6 times with a gradient; "associative" was 0.4 to 1.3 times as fast
-# forward, and 0.4 to 1.0 times with a gradient. None of the three has run on a GPU or a
+# and 1.5 to 2.6 times with a gradient; "associative" was 0.4 to 1.5 times as fast
+# forward, and 0.4 to 1.1 times with a gradient. None of the three has run on a GPU or a
 # TPU, where "associative" should win if T is large: measure it there before it is a
 # default.
 IMPLEMENTATIONS = {
