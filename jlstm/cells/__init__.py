@@ -8,13 +8,13 @@ from jlstm.cells.constraints import (
     WeightNormParams,
 )
 from jlstm.cells.conv_lstm import ConvLSTM, ConvLSTMParams, conv_lstm_step
+from jlstm.cells.convolution import convolve
 from jlstm.cells.dropout import DropConnect, VariationalDropout, Zoneout
 from jlstm.cells.elman import Elman, ElmanCarry, ElmanParams, elman_step
 from jlstm.cells.gates import (
     activate,
     add_vector,
     affine,
-    convolve,
     fresh,
     gates,
     heads_product,

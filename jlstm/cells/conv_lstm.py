@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlstm import init as initialisers
-from jlstm.cells.gates import add_vector, convolve, fresh
+from jlstm.cells.convolution import convolve
+from jlstm.cells.gates import add_vector, fresh
 from jlstm.cells.lstm import LSTMCarry, lstm_update
 from jlstm.init import per_gate
 from jlstm.types import Array, Initializer, check_positive, config, float_dtype
