@@ -173,6 +173,7 @@ def main(config: Config) -> dict:
     return workdir.write_result(
         metric=f"mean squared error of the LSTM at T = {max(config.lengths)}",
         value=errors[f"LSTM_{max(config.lengths)}"],
+        others={"Elman net": errors[f"Elman_{max(config.lengths)}"]},
         floor=floor,
         floor_name="answering 1",
         lower_is_better=True,

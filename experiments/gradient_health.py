@@ -137,6 +137,7 @@ def main(config: Config) -> dict[str, Any]:
     return workdir.write_result(
         metric=f"norm of dh_T/dh_0 at T = {config.length}, LSTM, chrono initialisation",
         value=curves["LSTM, chrono"][-1],
+        others={name: curves[name][-1] for name in ("LSTM, forget bias 1", "GRU")},
         floor=curves["Elman, Glorot weights"][-1],
         floor_name="simple recurrent network, Glorot weights",
         lower_is_better=False,

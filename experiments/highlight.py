@@ -273,7 +273,7 @@ def main(config: Config) -> dict:
         floor_name="most frequent class of the character",
         lower_is_better=False,
         test_evaluations=1,
-        lstm_accuracy=forward,
+        others={"LSTM of as many parameters": forward},
         error_ratio=(1 - both) / (1 - forward),
         parameters={name: count(model) for name, model in models.items()},
         test_characters=int(pairs[2][0].size),

@@ -26,8 +26,8 @@ FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
 TABLE = re.compile(r"(?<=<!-- table -->\n).*(?=<!-- end of table -->)", re.DOTALL)
 HEAD = (
-    "| script | task | score | floor | time |\n"
-    "|---|---|---|---|---|\n"
+    "| script | task | score | others | floor | time |\n"
+    "|---|---|---|---|---|---|\n"
 )  # fmt: skip
 Run = dict[str, Any]
 
@@ -86,15 +86,24 @@ def row(runs: Sequence[Run]) -> str:
     task = doc.partition("\n")[0].rstrip(".")
     if data := config.get("data"):
         command = f"{command[:-1]} --data {data}`"
-    values = [run["result"]["value"] for run in runs]
-    score = number(statistics.fmean(values), result)
-    if len(values) > 1:
-        score += f" ± {number(statistics.stdev(values), result)} ({len(values)} seeds)"
+    score = over_seeds([run["result"]["value"] for run in runs], result)
+    others = "; ".join(
+        f"{name} {over_seeds([run['result']['others'][name] for run in runs], result)}"
+        for name in result["others"]
+    )
     beats = all(run["result"]["beats_floor"] for run in runs)
     score += f" {result['metric']}" + ("" if beats else " (**not better**)")
     floor = f"{number(result['floor'], result)}, {result['floor_name']}"
     time = duration(statistics.fmean(run["result"]["seconds"] for run in runs))
-    return f"| {command} | {task} | {score} | {floor} | {time} |\n"
+    return f"| {command} | {task} | {score} | {others} | {floor} | {time} |\n"
+
+
+def over_seeds(values: Sequence[float], result: Run) -> str:
+    """Writes a score, of several seeds as mean and deviation."""
+    text = number(statistics.fmean(values), result)
+    if len(values) > 1:
+        text += f" ± {number(statistics.stdev(values), result)} ({len(values)} seeds)"
+    return text
 
 
 def number(value: float, result: Run) -> str:

@@ -220,6 +220,7 @@ class Workdir:
         floor_name: str,
         lower_is_better: bool,
         published: float | None = None,
+        others: Mapping[str, SupportsFloat] | None = None,
         test_evaluations: int = 1,
         **extra: Any,
     ) -> dict[str, Any]:
@@ -235,6 +236,7 @@ class Workdir:
           floor_name: that predictor.
           lower_is_better: whether a score below the floor beats it.
           published: the score to compare with, if there is one.
+          others: scores of other models on the same data, by their names.
           test_evaluations: how often the test set was scored.
           **extra: anything else of note.
 
@@ -257,6 +259,7 @@ class Workdir:
             "lower_is_better": lower_is_better,
             "beats_floor": beats,
             "published": published,
+            "others": {k: float(v) for k, v in (others or {}).items()},
             "seconds": round(time.perf_counter() - self._start + before, 2),
             "device": device_kind(),
             "seed": self.config.seed,
