@@ -4,12 +4,13 @@
     python docs/build.py --smoke            # less the longest notebooks, for CI
     python -m http.server -d build/docs/html
 
-Four steps, each of which ends the build where it fails: the notebooks are run, two at a
+Five steps, each of which ends the build where it fails: the notebooks are run, two at a
 time, and their results kept in build/docs; Sphinx makes the pages, any warning being an
-error; the Python of all other pages is run, blocks of a page one after another, and
-the examples with prompts compared; every link, anchor and file of the site is looked
-up, of which none may come from elsewhere. At the end the pages are listed with the
-seconds that each took.
+error; the Python of all other pages is run, blocks of a page one after another, and the
+examples with prompts compared; every link, anchor and file of the site is looked up, of
+which none may come from elsewhere; pytest runs the examples of all docstrings, and
+looks for public names without a page (not with --smoke: the tests have done that). At
+the end the pages are listed with the seconds that each took.
 """
 
 from __future__ import annotations
@@ -221,6 +222,13 @@ def main() -> None:
     say("links")
     if wrong := check_links(out):
         sys.exit("\n".join(wrong))
+    if not options.smoke:
+        say("examples of docstrings")
+        command = [sys.executable, "-m", "pytest", "-q", "--doctest-modules"]
+        if subprocess.run(
+            [*command, "jlstm", "tests/test_docs.py"], cwd=ROOT
+        ).returncode:
+            sys.exit("docstrings: failed")
     read = json.loads((out.parent / "seconds.json").read_text(encoding="utf-8"))
     print(f"\n{'page':40} {'made':>6} {'run':>6}  seconds")
     for page in pages():

@@ -21,19 +21,27 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 STYLE = f"""
 .unrolled {{ --ink: var(--pst-color-text-base, #222832);
-  --line: var(--pst-color-text-muted, #48566b); --ground: transparent;
-  font-family: inherit; max-width: 100%; height: auto; }}
+  --line: var(--pst-color-text-muted, #48566b);
+  --box: var(--pst-color-surface, #f3f4f5);
+  --ground: var(--pst-color-background, #fff);
+  font-family: var(--pst-font-family-base, system-ui, sans-serif);
+  max-width: 100%; height: auto; }}
+@media (prefers-color-scheme: dark) {{
+  .unrolled {{ --ink: var(--pst-color-text-base, #ced6dd);
+    --line: var(--pst-color-text-muted, #9ca4af);
+    --box: var(--pst-color-surface, #29313d);
+    --ground: var(--pst-color-background, #14181e); }} }}
 .unrolled text {{ fill: var(--ink); font-size: 17px; text-anchor: middle;
   dominant-baseline: central; }}
 .unrolled .letter {{ fill: #fff; font-size: 13px; font-weight: 600; }}
 .unrolled .sign {{ font-size: 15px; }}
 .unrolled .sub {{ font-size: 12px; }}
 .unrolled .wire {{ fill: none; stroke: var(--line); stroke-width: 1.5; }}
-.unrolled .box {{ fill: var(--pst-color-surface, #f3f4f5); stroke: var(--line);
+.unrolled .box {{ fill: var(--box); stroke: var(--line);
   stroke-width: 1.5; }}
-.unrolled .node {{ fill: var(--pst-color-background, #fff); stroke: var(--line);
+.unrolled .node {{ fill: var(--ground); stroke: var(--line);
   stroke-width: 1.5; }}
-.unrolled .dot {{ opacity: 0; stroke: var(--pst-color-background, #fff);
+.unrolled .dot {{ opacity: 0; stroke: var(--ground);
   stroke-width: 1.5; }}
 .unrolled .in {{ fill: #ccbb44; }}
 .unrolled .memory {{ fill: #ee6677; }}

@@ -1,12 +1,13 @@
 """Tables of what experiments and benchmarks measured, from the files they left.
 
     python experiments/report.py --collect runs/*   # finished runs into results/
-    python experiments/report.py --write            # the table in README.md
+    python experiments/report.py --write            # the tables of both READMEs
 
 A file in `results/` holds the `result.json`, `config.json` and `env.json` of one run,
 and is named after its experiment, preset and data, and its seed where that is not 0.
-Runs that differ in their seed alone make one row, with mean and deviation. Rows of the
-README whose run has no file there are left as they are.
+Runs that differ in their seed alone make one row, with mean and deviation. A README
+holds a table between `<!-- NAME -->` and `<!-- end of NAME -->`, NAME being a key of
+`TABLES`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jlstm.bench import report
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
-TABLE = re.compile(r"(?<=<!-- table -->\n).*(?=<!-- end of table -->)", re.DOTALL)
+PAGES = (FOLDER / "README.md", FOLDER.parent / "README.md")
 HEAD = (
     "| script | task | score | others | floor | time |\n"
     "|---|---|---|---|---|---|\n"
@@ -118,18 +119,9 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def table(old: str = "") -> str:
-    """The table of experiments; rows of an old one whose run has no file stay."""
-    rows = {line.split("|")[1]: line for line in map(row, read().values())}
-    kept = [line for line in old.splitlines(keepends=True)[2:]]
-    left = dict(rows)
-    lines = [left.pop(line.split("|")[1], line) for line in kept]
-    return HEAD + "".join([*lines, *left.values()])
-
-
-def readme(text: str) -> str:
-    """The README with its table as it should be."""
-    return TABLE.sub(lambda match: table(match[0]), text)
+def table() -> str:
+    """The table of experiments."""
+    return HEAD + "".join(map(row, read().values()))
 
 
 def speed() -> dict[str, Any]:
@@ -172,20 +164,47 @@ GLANCE = {
 }
 
 
-def glance() -> str:
-    """The front page's figures: what runs by default, geometric means over sizes."""
-    lines = ["::::{grid} 2 2 4 4", ":gutter: 2", ""]
+def headlines() -> dict[str, float]:
+    """What runs by default against others: ratios, geometric means over sizes."""
+    found = {}
     for (suite, reference), words in GLANCE.items():
         cases = [case["workers"] for case in speed()["suites"][suite]["cases"]]
         for variant in ("native", "one"):  # the default: native where there is one
             ratios = [report.versus(case, variant, reference) for case in cases]
-            found = [ratio for ratio in ratios if ratio is not None]
-            if len(found) == len(cases):
+            timed = [ratio for ratio in ratios if ratio is not None]
+            if len(timed) == len(cases):
                 break
-        value = report.geometric_mean(found)
+        found[words] = report.geometric_mean(timed)
+    return found
+
+
+def glance() -> str:
+    """The speeds of the front page."""
+    lines = ["::::{grid} 2 2 4 4", ":gutter: 2", ""]
+    for words, value in headlines().items():
         lines += [":::{grid-item-card}", ":class-card: glance", ""]
         lines += [f"**{value:.1f} \N{MULTIPLICATION SIGN}**", "", words, ":::", ""]
     return "\n".join([*lines, "::::"])
+
+
+def speed_lines() -> str:
+    """The same as a table."""
+    rows = "".join(
+        f"| {value:.1f} \N{MULTIPLICATION SIGN} | {words} |\n"
+        for words, value in headlines().items()
+    )
+    return "| | |\n|---|---|\n" + rows
+
+
+TABLES = {"experiments": table, "speed": speed_lines}
+
+
+def filled(text: str) -> str:
+    """A page with its tables as they should be."""
+    for name, make in TABLES.items():
+        between = rf"(?<=<!-- {name} -->\n).*(?=<!-- end of {name} -->)"
+        text = re.sub(between, lambda _, make=make: make(), text, flags=re.DOTALL)
+    return text
 
 
 def main() -> None:
@@ -194,13 +213,12 @@ def main() -> None:
     parser.add_argument(
         "--collect", nargs="+", type=Path, metavar="WORKDIR", default=[]
     )
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument("--write", action="store_true", help="into the READMEs")
     options = parser.parse_args()
     collect(options.collect)
-    path = FOLDER / "README.md"
-    text = path.read_text(encoding="utf-8")
     if options.write:
-        path.write_text(readme(text), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     elif not options.collect:
         print(table(), end="")
 

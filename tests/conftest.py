@@ -1,5 +1,8 @@
 """Strictness for the whole suite: no silent promotion, two CPU devices.
 
+Devices share the threads of a call to C++, so that on two cores each has one;
+JLSTM_TEST_DEVICES=1 in the environment gives one device all of them.
+
 The suite spends its time on compiling, so its programs are optimised little;
 JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment runs it on code like that of users.
 """
@@ -20,6 +23,6 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax  # noqa: E402
 
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("JLSTM_TEST_DEVICES", "2")))
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

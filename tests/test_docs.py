@@ -196,11 +196,13 @@ def test_picture_of_the_front_page_is_what_its_script_draws():
     assert text(DOCS / "images" / "unrolled.svg") == drawn, "run python docs/draw.py"
 
 
-def test_table_of_experiments_is_that_of_their_results():
-    page = ROOT / "experiments" / "README.md"
+def test_tables_of_readmes_are_those_of_results():
     report = load(ROOT / "experiments", "report")
-    assert report.TABLE.search(text(page)), "experiments/README.md has no table"
-    assert report.readme(text(page)) == text(page), "run experiments/report.py --write"
+    for page in report.PAGES:
+        assert "<!-- experiments -->" in text(page), f"{name(page)} has no table"
+        assert report.filled(text(page)) == text(page), (
+            "run experiments/report.py --write"
+        )
 
 
 def test_runs_become_rows(tmp_path, monkeypatch, capsys):
@@ -212,7 +214,7 @@ def test_runs_become_rows(tmp_path, monkeypatch, capsys):
         result = {
             "experiment": "adding", "preset": "cpu", "seed": seed, "value": value,
             "metric": "squares", "floor": 1.0, "floor_name": "nothing",
-            "beats_floor": True, "seconds": 600 + seed,
+            "beats_floor": True, "seconds": 600 + seed, "others": {"net": 0.5},
         }  # fmt: skip
         for file, content in (("result", result), ("config", {}), ("env", {})):
             (folder / f"{file}.json").write_text(report.json.dumps(content))
@@ -220,9 +222,10 @@ def test_runs_become_rows(tmp_path, monkeypatch, capsys):
     assert "adding-cpu-seed1.json" in capsys.readouterr().out
     (line,) = report.table().splitlines()[2:]
     assert line.startswith("| `adding.py --preset cpu` | The adding problem")
-    assert "| 0.5000 ± 0.3536 (2 seeds) squares | 1.000, nothing | 10 min |" in line
-    old = report.HEAD + "| `other.py` | kept |\n| `adding.py --preset cpu` | old |\n"
-    assert report.table(old) == report.HEAD + "| `other.py` | kept |\n" + line + "\n"
+    score, others = "0.5000 ± 0.3536 (2 seeds) squares", "net 0.5000 ± 0.000 (2 seeds)"
+    assert f"| {score} | {others} | 1.000, nothing | 10 min |" in line
+    page = "a\n<!-- experiments -->\nold\n<!-- end of experiments -->\nz\n"
+    assert report.filled(page) == page.replace("old\n", report.HEAD + line + "\n")
     with pytest.raises(SystemExit, match=r"has no result\.json"):
         report.collect([tmp_path])
 

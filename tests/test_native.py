@@ -336,6 +336,21 @@ def test_short_last_block_keeps_out_of_the_way_of_other_threads():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_loops_in_cpp_hold_on_several_threads():
+    names = ("native", "program", "product", "projected", "lookup", "cross_entropy")
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", *files],
+        env={**kept, "JLSTM_TEST_DEVICES": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
 def test_native_comes_first_where_it_can():
     assert door.able(jlstm.LSTM(3))[0] == "native"
 

@@ -288,7 +288,7 @@ def test_what_is_no_program_is_refused(reason):
 
 @jlstm.config
 class Gated:
-    """A vector in update, a number for each row, relu, and a carry of two widths."""
+    """A vector made in update, a number for each row, relu, a carry of two widths."""
 
     hidden_size: int
 
@@ -319,7 +319,8 @@ class Gated:
     def update(self, params, carry, zx, zh):
         wide, narrow = zh
         gate = jax.nn.sigmoid(narrow)
-        new = gate * jax.nn.relu(wide + params["vector"][None]) + carry["short"] / 2
+        vector = jnp.tanh(params["vector"]) - jnp.exp(-params["vector"]) / 3
+        new = gate * jax.nn.relu(wide + vector[None]) + carry["short"] / 2
         old, _ = jnp.split(carry["long"], 2, axis=-1)
         return {"long": jnp.concatenate([new, old], -1), "short": jnp.sin(0) + new}, new
 

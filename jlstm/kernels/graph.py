@@ -226,7 +226,7 @@ def read(graph: Graph, jaxpr: Any, consts: list, args: list) -> list:
         elif name == "dot_general":
             made = [_product(graph, eqn, *given)]
         elif any(isinstance(value, Sum) for value in given):
-            made = [_add_sums(graph, eqn, given)]
+            made = [_linear(graph, eqn, given)]
         elif name in _COLUMNS:
             for value in given:
                 if isinstance(value, Row):
@@ -340,16 +340,34 @@ def _product(graph: Graph, eqn: Any, left: Any, right: Any) -> Row:
     return graph.load(place)
 
 
-def _add_sums(graph: Graph, eqn: Any, given: list) -> Sum:
-    out = eqn.outvars[0].aval
-    moved = math.prod(eqn.invars[0].aval.shape) == math.prod(out.shape)
-    if eqn.primitive.name in (*_MOVES, "reduce_sum") and moved:
+def _linear(graph: Graph, eqn: Any, given: list) -> Sum:
+    """An operation that is linear in its sums, on each of their rows."""
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    width, sums = math.prod(out.shape), [isinstance(value, Sum) for value in given]
+    moved = math.prod(eqn.invars[0].aval.shape) == width
+    if name in (*_MOVES, "reduce_sum") and moved:
         return Sum(given[0].row, out.shape)
-    both = all(isinstance(value, Sum) for value in given)
-    if eqn.primitive.name in ("add", "add_any") and both:
-        width, add = math.prod(out.shape), partial(graph.node, "add")
-        return Sum(_each(graph, add, [value.row for value in given], width), out.shape)
-    raise Unsuited(f"it takes {eqn.primitive.name} of a sum over the rows of a batch")
+    scales = (name == "mul" and sum(sums) == 1) or (name == "div" and not sums[1])
+    if scales or (name in ("add", "add_any", "sub", "neg") and all(sums)):
+        # An array of the same shape as the sum is the same in all rows.
+        rows = [
+            value.row
+            if isinstance(value, Sum)
+            else graph.row(
+                Outer(
+                    jnp.reshape(value.value, (1, -1)),
+                    (graph.batch, width),
+                    value.dtype,
+                ),
+                width,
+            )
+            for value in given
+        ]
+        return Sum(_each(graph, _operation(graph, eqn), rows, width), out.shape)
+    raise Unsuited(
+        f"it takes {name} of a sum over the rows of a batch; compute in prepare what "
+        "depends on params alone"
+    )
 
 
 def _each(graph: Graph, op: Callable, rows: list[Row], width: int) -> Row:
