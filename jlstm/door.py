@@ -1,4 +1,4 @@
-"""The public door to a recurrence: checks, fits, cleans, chooses, runs, explains."""
+"""Runs a cell over a sequence: checks arguments, chooses a loop, says why."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ _observer: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.Conte
 
 @contextlib.contextmanager
 def observing(observer: Callable[[Unrolled], Any] | None) -> Iterator[None]:
-    """Hands each call of :func:`unroll` inside to a function that answers for it.
+    """Hands each call of :func:`unroll` inside to a function that runs it instead.
 
-    It stands in its place in the tree of layers, :func:`path`.
+    Inside the function, :func:`path` names the place of the call in the tree of layers.
     """
     token = _observer.set(observer)
     try:
@@ -87,40 +87,49 @@ def unroll(
     .. math::
         s_t, y_t = \mathrm{step}(\theta, s_{t-1}, x_t), \qquad t = 1 \dots T
 
-    A masked step holds the carry and emits exact zeros; whatever stands in the padding,
-    NaN included, changes no output and no gradient.
+    where :math:`\theta` are the params, :math:`s_t` the carry after step t and
+    :math:`s_0` the incoming carry. A masked step keeps the carry and gives zeros for
+    its output. What stands in the padding, even NaN, changes no output and no gradient.
 
     Args:
-      cell: the recurrence.
-      params: its params.
-      xs: inputs ``[B, T, D]``, or a pytree of ``[B, T, ...]``.
-      carry: the incoming carry, ``[B, ...]``; ``None`` means the fresh one.
-      lengths: valid steps of each row, ``[B]`` integers; the rest is padding.
-      mask: true at valid steps, ``[B, T]`` booleans; padding may be anywhere. Give
-        ``lengths`` or ``mask``, not both.
-      resets: ``[B, T]`` booleans; ``resets[b, t]`` marks a boundary between t-1 and t
-        and restores the fresh carry there, in both directions, also at masked steps.
-      key: draws the cell's noise; ``None`` is the deterministic form.
-      reverse: runs from each row's last valid step to the first; outputs stay in the
-        order of the inputs.
-      return_carries: also returns the carry after each step.
-      checkpoint_every: a gradient stores the carry once in so many steps, and computes
-        the steps between again: less memory for some time. ``"sqrt"`` means the square
-        root of T, the least memory; ``None`` stores every step.
-      implementation: ``"native"``, ``"chunkwise"``, ``"fused"``, ``"cudnn"``,
-        ``"scan"``, ``"associative"`` or ``"parallel"``; ``None`` chooses (see
-        :func:`explain`).
+      cell: any cell, such as ``LSTM(256)``.
+      params: its params, as ``cell.init`` makes them.
+      xs: inputs ``[B, T, D]``, or a pytree of arrays ``[B, T, ...]``.
+      carry: the incoming carry, ``[B, ...]``, such as the one returned for the chunk
+        before; ``None`` means the fresh one.
+      lengths: the number of valid steps in each row, ``[B]`` integers from 0 to T; the
+        steps after them are padding. ``None`` means that all steps are valid.
+      mask: instead of ``lengths``, ``[B, T]`` booleans, true at valid steps; padding
+        may be anywhere. Give one of the two, not both.
+      resets: ``[B, T]`` booleans. Where ``resets[b, t]`` is true, row b has a boundary
+        between the steps t-1 and t, at which the carry is made fresh again. This holds
+        in both directions, and at masked steps too. ``None`` means no boundaries.
+      key: a typed key, ``jax.random.key(seed)``, for the cell's noise, such as zoneout;
+        ``None`` means no noise.
+      reverse: true runs from each row's last valid step to its first. The outputs stay
+        in the order of the inputs.
+      return_carries: true also returns the carry after each step, which takes memory
+        for T carries.
+      checkpoint_every: saves memory where a gradient of a long sequence needs too much.
+        With an integer k, the backward pass stores the carry once in k steps, and
+        computes the steps between again; this costs about one more forward pass.
+        ``"sqrt"`` takes the square root of T for k, which needs the least memory.
+        ``None``, the default, stores every step. The results are the same.
+      implementation: the loop that runs the cell: ``"native"``, ``"chunkwise"``,
+        ``"fused"``, ``"cudnn"``, ``"scan"``, ``"associative"`` or ``"parallel"``.
+        ``None``, the default, chooses one; see :func:`explain`. A loop that is named
+        never falls back to another.
 
     Returns:
-      ``(ys, carry)``: outputs ``[B, T, H]``; the carry after the last valid step, of a
-      row of length 0 the incoming carry. With ``return_carries`` also the carries,
-      ``[B, T, ...]``.
+      ``(ys, carry)``. The outputs are ``[B, T, H]``. The carry is the one after each
+      row's last valid step, and the incoming carry in a row of length 0. With
+      ``return_carries``, ``(ys, carry, carries)``, with the carries ``[B, T, ...]``.
 
     Raises:
       ValueError: a shape, dtype or value does not fit, or the implementation is
         unknown.
-      NotImplementedError: the named implementation cannot run this cell; or the call
-        is inside a ``jax.shard_map`` that has not ``check_vma=False``.
+      NotImplementedError: the named implementation cannot run this cell; or the call is
+        inside a ``jax.shard_map`` that was not given ``check_vma=False``.
 
     Example:
       >>> cell, xs = jlstm.LSTM(8), jnp.ones((2, 5, 3))
@@ -164,7 +173,7 @@ def unroll(
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static in a call of :func:`jlstm.unroll`; equal calls compile once."""
+    """The static part of a call of :func:`jlstm.unroll`; equal ones compile once."""
 
     cell: Any
     implementation: str
@@ -176,7 +185,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Unrolled:
-    """A call of :func:`unroll`, checked, as an observer sees it."""
+    """A checked call of :func:`unroll`, as an observer sees it."""
 
     call: Call
     params: PyTree
@@ -413,24 +422,25 @@ def valid_steps(
     resets: Array | None = None,
     where: str = "valid_steps",
 ) -> Array | None:
-    """Checks a layer's lengths, mask and resets, and returns the mask.
+    """Checks lengths, mask and resets, and returns them as one mask.
 
-    The first line of a layer of one's own: what it returns goes to
-    :func:`jlstm.zero_rows`, for the inputs and again for the outputs.
+    This is the first line in the ``apply`` of a layer of your own. Give the result to
+    :func:`jlstm.zero_rows`, once with the inputs and once with the outputs.
 
     Args:
       xs: the inputs, ``[B, T, ...]``.
-      lengths: ``[B]`` integers, or ``None``.
-      mask: ``[B, T]`` booleans, or ``None``.
-      resets: ``[B, T]`` booleans, or ``None``.
-      where: begins the error message.
+      lengths: the number of valid steps in each row, ``[B]`` integers, or ``None``.
+      mask: true at valid steps, ``[B, T]`` booleans, or ``None``.
+      resets: ``[B, T]`` booleans, or ``None``; they are checked and not used.
+      where: the first word of error messages, such as the name of your layer.
 
     Returns:
-      ``[B, T]`` booleans, or ``None`` if every step is valid.
+      ``[B, T]`` booleans, true at valid steps; ``None`` if every step is valid.
 
     Raises:
-      ValueError: lengths and mask are both given; a wrong shape or dtype; a concrete
-        length out of range. In a trace lengths are clipped.
+      ValueError: lengths and mask are both given, a shape or dtype is wrong, or a
+        length is not in 0..T. Under ``jax.jit`` values are not known, and lengths out
+        of range are clipped instead.
 
     Example:
       >>> jlstm.valid_steps(jnp.ones((1, 3, 5)), lengths=jnp.array([2])).tolist()
@@ -467,7 +477,7 @@ def valid_steps(
 
 
 def check_checkpoint_every(value: Any, where: str) -> None:
-    """Refuses what :func:`jlstm.unroll` does not take as ``checkpoint_every``.
+    """Refuses a ``checkpoint_every`` that :func:`jlstm.unroll` does not take.
 
     Raises:
       ValueError: neither a positive integer, nor ``"sqrt"``, nor ``None``.
@@ -505,12 +515,13 @@ def _check_like(name: str, tree: PyTree, like: PyTree) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which implementation runs, and why the others do not.
+    """Which implementation runs a cell, and why the others do not; ``print`` shows it.
 
     Attributes:
       implementation: the name of the one that runs.
-      others: the names of the others, and whether they can run the cell.
-      note: what else there is to know about the one that runs, or ``""``.
+      others: a pair for each of the others: its name, and a text that begins with
+        ``can`` or ``cannot`` and gives the reason.
+      note: a remark on the one that runs, or ``""``.
     """
 
     implementation: str
@@ -536,8 +547,23 @@ def explain(
 ) -> Explanation:
     """Says which implementation :func:`jlstm.unroll` would run, and why not the others.
 
-    The arguments are those of :func:`jlstm.unroll`; without ``xs``, dtypes that an
-    implementation supports are assumed.
+    Nothing is computed. Give the options with which you will call
+    :func:`jlstm.unroll`, because some loops cannot run under all of them.
+
+    Args:
+      cell: any cell.
+      xs: the inputs, or ``jax.ShapeDtypeStruct`` of their shapes and dtypes. Without
+        them, a dtype that every implementation supports is assumed.
+      lengths: as for :func:`jlstm.unroll`; only whether it is given counts.
+      mask: likewise.
+      resets: likewise.
+      reverse: as for :func:`jlstm.unroll`.
+      return_carries: likewise.
+      checkpoint_every: likewise.
+      implementation: the one to ask about; ``None`` asks which one is chosen.
+
+    Returns:
+      An :class:`Explanation`.
 
     Raises:
       ValueError: the implementation is unknown.
@@ -598,7 +624,7 @@ def _request(
 
 
 def inputs_of(xs: PyTree) -> tuple[Any, tuple]:
-    """Returns the structure of inputs, and shapes and dtypes of the leaves."""
+    """Returns the structure of inputs, and the shapes and dtypes of their leaves."""
     leaves, tree = jax.tree.flatten(xs)
     like = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
     return tree, tuple(like)

@@ -1,7 +1,15 @@
-"""Initialisers: module-level functions or configs, called as ``(key, shape, dtype)``.
+"""Initialisers, which draw the weights of cells and layers.
 
-Cells call them once *per gate*, so that a recurrent matrix is orthogonal gate by gate
-and the scale of an input matrix does not depend on the number of gates.
+An initialiser is a module-level function or a config that is called as
+``(key, shape, dtype)``: with a typed key, the shape of the array to make and its dtype.
+A function of your own may be given to any field whose name ends in ``_init``. What
+``jax.nn.initializers.normal()`` returns is a local function, which a config refuses:
+call it inside a function of your own.
+
+Cells call an initialiser once *for each gate*. So the recurrent matrix is orthogonal
+within each gate, and the scale of the input matrix does not depend on the number of
+gates. Below, ``m`` is the number of rows of a matrix (inputs) and ``n`` the number of
+its columns (outputs).
 """
 
 from __future__ import annotations
@@ -20,36 +28,56 @@ CellT = TypeVar("CellT", bound=Any)
 
 
 def zeros(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Fills with zeros."""
+    """Fills an array with zeros, the default for biases."""
     del key
     return jnp.zeros(shape, dtype)
 
 
 def ones(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Fills with ones."""
+    """Fills an array with ones, the default for scales of normalisations."""
     del key
     return jnp.ones(shape, dtype)
 
 
 def glorot_uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    r"""Draws from :math:`U(-a, a)`, :math:`a = \sqrt{6 / (m + n)}` (Glorot, 2010)."""
+    r"""Draws from :math:`U(-a, a)` with :math:`a = \sqrt{6 / (m + n)}` (Glorot, 2010).
+
+    It keeps the size of activations and of gradients about the same from layer to
+    layer, and is the default for input weights of cells. It needs at least two
+    dimensions.
+    """
     return jax.nn.initializers.glorot_uniform()(key, shape, dtype)
 
 
 def lecun_normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    r"""Draws from a truncated normal of variance :math:`1/m` (LeCun, 1998)."""
+    """Draws from a truncated normal of variance :math:`1/m` (LeCun, 1998).
+
+    It keeps the size of activations about the same, and is the default of ``Dense`` and
+    ``Conv``. It needs at least two dimensions.
+    """
     return jax.nn.initializers.lecun_normal()(key, shape, dtype)
 
 
 def orthogonal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Draws an orthogonal matrix (Saxe et al., 2014)."""
+    """Draws a matrix with orthonormal rows or columns (Saxe et al., 2014).
+
+    A square one keeps the length of every vector, so that a recurrent product neither
+    grows nor shrinks its input. It is the default for recurrent weights, and needs at
+    least two dimensions.
+    """
     wide = common_dtype(dtype, jnp.float32)  # half precision has no QR
     return jax.nn.initializers.orthogonal()(key, shape, wide).astype(dtype)
 
 
 @config
 class Uniform:
-    """Draws from ``U(-limit, limit)``; PyTorch's layers have ``limit = H ** -0.5``."""
+    """Draws from ``U(-limit, limit)``.
+
+    PyTorch's recurrent layers draw all their weights so, with ``limit = H ** -0.5``.
+
+    Attributes:
+      limit: the largest absolute value.
+    """
 
     limit: float
 
@@ -60,7 +88,11 @@ class Uniform:
 
 @config
 class Normal:
-    """Draws from a normal of mean 0 and deviation ``stddev``."""
+    """Draws from a normal distribution of mean 0.
+
+    Attributes:
+      stddev: its standard deviation.
+    """
 
     stddev: float
 
@@ -71,11 +103,16 @@ class Normal:
 
 @config
 class Identity:
-    r"""Fills a square matrix with ``scale`` times the identity.
+    """Fills a square matrix with ``scale`` times the identity.
 
-    A simple recurrent network with rectified linear units that starts here is an IRNN:
-    ``Elman(H, activation=jax.nn.relu, w_hh_init=Identity())``. Without input it keeps
-    its carry, and gradients, as they are; a scale below 1 makes it forget.
+    It is for the recurrent weights of a simple network with rectified linear units,
+    which is then called an IRNN:
+    ``Elman(H, activation=jax.nn.relu, w_hh_init=Identity())``. Without input, such a
+    network keeps its carry as it is, and gradients pass unchanged.
+
+    Attributes:
+      scale: what stands on the diagonal. 1, the default, keeps the carry; a value below
+        1 makes it decay by this factor at each step.
 
     References:
       Le, Jaitly & Hinton, A simple way to initialize recurrent networks of rectified
@@ -101,14 +138,23 @@ class Identity:
 
 @config
 class Chrono:
-    r"""Chrono initialisation of the gate biases of an LSTM, or a GRU.
+    r"""Draws the biases of an LSTM or GRU for memory times of up to so many steps.
 
     .. math::
         b_f \sim \log U(1, T_{max} - 1), \qquad b_i = -b_f
 
-    so that the memory times of the cells spread up to ``max_time`` steps. Give it as
+    A unit whose forget bias is :math:`\log(t - 1)` forgets over about :math:`t` steps.
+    So the memory times of the units spread from 2 steps up to ``max_time``, where a
+    constant ``forget_bias`` gives all units the same one. Give it as
     ``LSTM(H, forget_bias=Chrono(max_time))``, or as ``GRU(H, update_bias=...)``, whose
-    :math:`b_z` is :math:`b_f`.
+    :math:`b_z` is then :math:`b_f`.
+
+    Attributes:
+      max_time: :math:`T_{max}`, in steps, at least 3: how far back the longest
+        dependencies of the task reach, such as the length of its sequences.
+
+    Raises:
+      ValueError: on construction, if ``max_time`` is below 3.
 
     References:
       Tallec & Ollivier, Can recurrent neural networks warp time?, 2018.
@@ -128,9 +174,14 @@ class Chrono:
 class Pretrained:
     """Hands out a given array, such as word vectors, where its shape fits.
 
-    Compared and hashed by content, so that it can stand in a config. One that
-    :func:`jlstm.load` made from a file lacks the array: it compares equal, and cannot
-    hand anything out.
+    It is compared and hashed by content, so it can stand in a config. If
+    :func:`jlstm.load` makes it from a file, it lacks the array, because the params are
+    in the file already: it compares equal, and raises an error if it is to hand the
+    array out.
+
+    Args:
+      values: the array, such as ``[V, size]`` for the table of an ``Embed``. It is
+        copied, and cast to the dtype of the params.
 
     Example:
       >>> vectors = np.ones((100, 16), np.float32)
@@ -148,7 +199,12 @@ class Pretrained:
 
     @classmethod
     def absent(cls, shape: tuple[int, ...], sha256: str) -> Pretrained:
-        """Stands for an array that is not at hand."""
+        """Stands for an array that is not at hand.
+
+        Args:
+          shape: the shape of the array.
+          sha256: the hash of its content.
+        """
         made = cls.__new__(cls)
         made.values, made.shape, made.digest = None, tuple(shape), str(sha256)
         return made
@@ -157,7 +213,7 @@ class Pretrained:
         """Returns the array.
 
         Raises:
-          ValueError: its shape is not the one asked for, or it is not at hand.
+          ValueError: its shape is not the one asked for, or there is no array.
         """
         del key
         if self.values is None:
@@ -184,10 +240,14 @@ class Pretrained:
 
 @config
 class Joint:
-    """Draws the matrix of all gates at once, not gate by gate.
+    """Draws the matrix of all gates at once, where cells draw it gate by gate.
 
-    Keras and ``nnx.OptimizedLSTMCell`` do so: the rows of an orthogonal ``[H, 4H]`` are
-    orthonormal, and the gates in it are not.
+    Keras and ``nnx.OptimizedLSTMCell`` do so. With :func:`orthogonal`, the rows of the
+    whole ``[H, 4H]`` are then orthonormal, and the matrix of a single gate is not
+    orthogonal.
+
+    Attributes:
+      init: the initialiser that draws the whole matrix.
 
     Example:
       >>> jlstm.LSTM(8, w_hh_init=jlstm.init.Joint(jlstm.init.orthogonal))
@@ -203,9 +263,13 @@ class Joint:
 
 @config
 class TruncatedNormal:
-    """Draws from a normal of mean 0, cut at two deviations; ``stddev`` is before that.
+    """Draws from a normal distribution of mean 0, cut off at two standard deviations.
 
-    Haiku's LSTM has ``stddev = (D + H) ** -0.5``.
+    Haiku's LSTM draws its weights so, with ``stddev = (D + H) ** -0.5``.
+
+    Attributes:
+      stddev: the standard deviation before the cut; that of the drawn numbers is 0.88
+        times as large.
     """
 
     stddev: float
@@ -219,7 +283,25 @@ class TruncatedNormal:
 def per_gate(
     init: Initializer, key: Array, gates: int, shape: tuple[int, ...], dtype: Any
 ) -> Array:
-    """Draws one block a gate and joins them on the last axis, ``[..., gates * H]``."""
+    """Draws one block for each gate and joins them on the last axis.
+
+    The ``init`` of a cell of your own calls it for its weights.
+
+    Args:
+      init: the initialiser; one that is a :class:`Joint` draws all gates at once.
+      key: a typed key.
+      gates: the number of gates.
+      shape: the shape of one block, such as ``(D, H)``.
+      dtype: the dtype of the array.
+
+    Returns:
+      An array ``[..., gates * H]``.
+
+    Example:
+      >>> draw, key = jlstm.init.orthogonal, jax.random.key(0)
+      >>> jlstm.init.per_gate(draw, key, 4, (8, 8), jnp.float32).shape
+      (8, 32)
+    """
     if isinstance(init, Joint):
         return init(key, (*shape[:-1], gates * shape[-1]), dtype)
     keys = jax.random.split(key, gates)
@@ -229,9 +311,23 @@ def per_gate(
 def per_head(
     init: Initializer, key: Array, heads: int, gates: int, size: int, dtype: Any
 ) -> Array:
-    """Draws a recurrent matrix a head, gate by gate, ``[heads, n, gates * n]``.
+    """Draws a recurrent matrix for each head, gate by gate.
 
-    That is for ``n = size / heads``.
+    Args:
+      init: the initialiser.
+      key: a typed key.
+      heads: the number of heads ``N``, which divides ``size``.
+      gates: the number of gates.
+      size: ``H``, the units of all heads together.
+      dtype: the dtype of the array.
+
+    Returns:
+      An array ``[N, H/N, gates * H/N]``.
+
+    Example:
+      >>> draw, key = jlstm.init.orthogonal, jax.random.key(0)
+      >>> jlstm.init.per_head(draw, key, 2, 4, 8, jnp.float32).shape
+      (2, 4, 16)
     """
     keys, shape = jax.random.split(key, heads), (size // heads, size // heads)
     return jnp.stack([per_gate(init, k, gates, shape, dtype) for k in keys])
@@ -241,15 +337,17 @@ def per_head(
 
 
 def as_torch(cell: CellT) -> CellT:
-    r"""Gives a cell PyTorch's initialisation, :math:`U(-H^{-1/2}, H^{-1/2})`.
+    """Gives a cell PyTorch's initialisation, :math:`U(-H^{-1/2}, H^{-1/2})`.
 
-    Both biases are drawn, where the cell has two; none is added to the forget gate.
+    The two biases that PyTorch has are both drawn, where the cell can have two. Nothing
+    is added to the forget gate's bias.
 
     Args:
-      cell: ``LSTM``, ``GRU`` or ``Elman``.
+      cell: ``LSTM``, ``GRU`` or ``Elman``, or another cell whose fields have the same
+        names.
 
     Returns:
-      The cell with these options.
+      The cell with these initialisers and options.
 
     Example:
       >>> jlstm.init.as_torch(jlstm.Elman(4)).w_hh_init
@@ -262,6 +360,12 @@ def as_torch(cell: CellT) -> CellT:
 def as_equinox(cell: CellT) -> CellT:
     """Gives a cell Equinox's initialisation: PyTorch's, with one bias.
 
+    Args:
+      cell: ``LSTM`` or ``GRU``.
+
+    Returns:
+      The cell with these initialisers and options.
+
     Example:
       >>> jlstm.init.as_equinox(jlstm.GRU(4)).b_init
       Uniform(0.5)
@@ -271,7 +375,16 @@ def as_equinox(cell: CellT) -> CellT:
 
 
 def as_keras(cell: CellT) -> CellT:
-    """Gives a cell Keras' initialisation, of the matrices of all gates at once.
+    """Gives a cell Keras' initialisation, which draws the gates' matrices at once.
+
+    Input weights are Glorot uniform, recurrent weights orthogonal and biases zero. An
+    LSTM has 1 added to the forget gate's bias.
+
+    Args:
+      cell: ``LSTM``, ``GRU`` or ``Elman``.
+
+    Returns:
+      The cell with these initialisers and options.
 
     Example:
       >>> jlstm.init.as_keras(jlstm.LSTM(4)).w_hh_init
@@ -285,6 +398,15 @@ def as_keras(cell: CellT) -> CellT:
 def as_flax(cell: CellT) -> CellT:
     """Gives a cell the initialisation of Flax's linen, and of ``nnx.LSTMCell``.
 
+    Input weights are LeCun normal, recurrent weights orthogonal gate by gate, biases
+    zero.
+
+    Args:
+      cell: ``LSTM``, ``GRU`` or ``Elman``.
+
+    Returns:
+      The cell with these initialisers and options.
+
     Example:
       >>> jlstm.init.as_flax(jlstm.LSTM(4)).forget_bias
       0.0
@@ -295,6 +417,15 @@ def as_flax(cell: CellT) -> CellT:
 
 def as_nnx(cell: CellT) -> CellT:
     """Gives a cell the initialisation of ``nnx.OptimizedLSTMCell`` and ``nnx.GRUCell``.
+
+    It is that of :func:`as_flax`, except that the recurrent weights of all gates are
+    drawn at once.
+
+    Args:
+      cell: ``LSTM`` or ``GRU``.
+
+    Returns:
+      The cell with these initialisers and options.
 
     Example:
       >>> jlstm.init.as_nnx(jlstm.GRU(4)).w_hh_init
@@ -307,12 +438,15 @@ def as_nnx(cell: CellT) -> CellT:
 def as_haiku(cell: CellT, input_size: int) -> CellT:
     """Gives a cell Haiku's initialisation.
 
+    An LSTM's weights are truncated normal of deviation :math:`(D + H)^{-1/2}`, a GRU's
+    are LeCun normal.
+
     Args:
       cell: ``LSTM`` or ``GRU(H, reset_after=False)``.
-      input_size: ``D``, which the recurrent weights of its LSTM depend on too.
+      input_size: ``D``, on which the weights of the LSTM depend.
 
     Returns:
-      The cell with these options.
+      The cell with these initialisers and options.
 
     Example:
       >>> jlstm.init.as_haiku(jlstm.LSTM(9), input_size=7).w_hh_init

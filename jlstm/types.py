@@ -34,54 +34,107 @@ Activation = Callable[[Array], Array]
 
 @runtime_checkable
 class Cell(Protocol):
-    """One time step of a recurrence; leading dimensions of ``x`` are batch dimensions.
+    """One time step of a recurrence: any object with these three methods.
 
-    ``x``, the carry and ``y`` may be pytrees. Every carry leaf begins with the batch
-    dimensions. A cell is a frozen dataclass: printable, hashable, compared by value.
+    There is no base class to inherit from. A cell must be hashable and equal by value,
+    as a frozen dataclass is, because equal cells share what JAX compiles. ``x``, the
+    carry and the output ``y`` may be pytrees. The leading dimensions of every leaf are
+    batch dimensions.
 
-    Optional members:
+    A cell may also define these members:
 
-    * ``x_ndim``: the number of dimensions of ``x`` after the batch, 1 if absent.
+    * ``x_ndim``: the number of dimensions of ``x`` after the batch; 1 if absent.
     * ``prepare(params, xs, *, key=None) -> (params, xs)``: called once a sequence,
-      outside the loop. What is constant in time (a variational mask, normalised
-      weights, a projected encoder memory) becomes a leaf of the params; what differs
-      by step (zoneout masks) joins ``xs``, as ``[B, T, ...]``.
-    * the gated form, ``project``, ``mix`` and ``update`` (see :func:`gated`).
+      before the loop. What is constant in time (a dropout mask, normalised weights, the
+      projected memory of an encoder) becomes a leaf of the params. What differs from
+      step to step (a zoneout mask) joins ``xs`` as a leaf ``[B, T, ...]``.
+    * ``project``, ``mix`` and ``update``, the gated form, which fast loops need; see
+      :func:`gated`.
     """
 
     def init(self, key: Array, x: PyTree, /) -> PyTree:
-        """Makes params; of ``x`` (the input at one step) only shape and dtype count."""
+        """Makes the params.
+
+        Args:
+          key: a typed key, ``jax.random.key(seed)``, from which the weights are drawn.
+          x: an example of the input at one step, ``[..., D]``; only its shape and dtype
+            are read.
+
+        Returns:
+          The params, a pytree of arrays.
+        """
         ...
 
     def init_carry(self, params: PyTree, batch_shape: tuple[int, ...], /) -> PyTree:
-        """Makes the fresh carry: zeros, or learned."""
+        """Makes the fresh carry, with which a sequence begins: zeros, or learned.
+
+        Args:
+          params: what ``init`` made; a learned carry is read from them.
+          batch_shape: the batch dimensions, such as ``(B,)``.
+
+        Returns:
+          The carry, a pytree whose leaves begin with ``batch_shape``.
+        """
         ...
 
     def step(
         self, params: PyTree, carry: PyTree, x: PyTree, /
     ) -> tuple[PyTree, PyTree]:
-        """Advances one step and returns ``(carry, y)``, the order of ``lax.scan``."""
+        """Advances one time step.
+
+        Args:
+          params: what ``init`` made.
+          carry: the carry of the step before.
+          x: the input at this step, ``[..., D]``.
+
+        Returns:
+          ``(carry, y)``: the new carry, of the same shapes and dtypes, and the output.
+          This is the order that ``jax.lax.scan`` wants.
+        """
         ...
 
 
 @runtime_checkable
 class Layer(Protocol):
-    """A whole sequence, ``[B, T, ...] -> [B, T, ...]``.
+    """A map from sequences to sequences, ``[B, T, ...] -> [B, T, ...]``.
 
-    Optional members:
+    As with cells, any object with these methods is a layer. A model is a layer whose
+    first result is its answer, which need not be a sequence.
+
+    A layer may also define these members:
 
     * ``causal``: false if an output depends on later inputs; true if absent.
-    * ``pointwise``: true if each step depends on that step alone; false if absent.
-    * ``retime(lengths, mask, resets)``: what they become, for a layer that changes T.
-    * ``last(params, xs, carry, ...)``: see :func:`jlstm.pool`.
+    * ``pointwise``: true if the output at each step depends on the input at that step
+      alone; false if absent.
+    * ``retime(lengths, mask, resets)``: for a layer that changes T, returns what the
+      three become for its outputs.
+    * ``last(params, xs, carry, ...)``: how the layer is pooled over time, if the output
+      at the last valid step is not the right one; see :func:`jlstm.pool`.
     """
 
     def init(self, key: Array, xs: PyTree, /) -> PyTree:
-        """Makes params; of ``xs`` (a batch of sequences) only shape and dtype count."""
+        """Makes the params.
+
+        Args:
+          key: a typed key, ``jax.random.key(seed)``, from which the weights are drawn.
+          xs: an example of the input, ``[B, T, ...]``; only its shape and dtype are
+            read.
+
+        Returns:
+          The params, a pytree of arrays.
+        """
         ...
 
     def init_carry(self, params: PyTree, batch_shape: tuple[int, ...], /) -> PyTree:
-        """Makes the fresh carry."""
+        """Makes the fresh carry, with which a sequence begins.
+
+        Args:
+          params: what ``init`` made.
+          batch_shape: the batch dimensions, ``(B,)``.
+
+        Returns:
+          The carry, a pytree whose leaves begin with ``batch_shape``.
+        """
         ...
 
     def apply(
@@ -96,7 +149,24 @@ class Layer(Protocol):
         resets: Array | None = None,
         key: Array | None = None,
     ) -> tuple[PyTree, PyTree]:
-        """Runs the layer and returns ``(ys, carry)``."""
+        """Runs the layer over a batch of sequences.
+
+        Args:
+          params: what ``init`` made.
+          xs: the inputs, ``[B, T, ...]``.
+          carry: the incoming carry, such as the one returned for the chunk before;
+            ``None`` means the fresh one.
+          lengths: the number of valid steps in each row, ``[B]`` integers; the steps
+            after them are padding. ``None`` means that all steps are valid.
+          mask: instead of ``lengths``, ``[B, T]`` booleans, true at valid steps.
+          resets: ``[B, T]`` booleans, true at steps before which the carry is made
+            fresh again; ``None`` means nowhere.
+          key: a typed key for noise, such as dropout; ``None`` means no noise.
+
+        Returns:
+          ``(ys, carry)``: the outputs, zero at masked steps, and the carry after each
+          row's last valid step.
+        """
         ...
 
 
@@ -104,20 +174,28 @@ PARTS = ("project", "mix", "update")
 
 
 def gated(cell: Cell) -> bool:
-    """Tells whether a cell is written in gated form.
+    """Tells whether a cell is written in gated form, which fast loops need.
 
-    The gated form splits one step into parts::
+    The gated form splits one step into three methods::
 
         zx = cell.project(params, x)               # what depends on x alone
         zh = cell.mix(params, carry, zx)           # the recurrent product
-        carry, y = cell.update(params, carry, zx, zh)
+        carry, y = cell.update(params, carry, zx, zh)  # the gates
 
-    with the law ``step(p, c, x) == update(p, c, zx, zh)``. A wrapper that defines the
-    parts for the sake of its inner cell answers for it with an attribute
-    ``gated = property(lambda self: jlstm.gated(self.cell))``.
+    with the law ``step(p, c, x) == update(p, c, zx, zh)``. A loop can then compute
+    ``project`` for all steps at once, as one large product.
+
+    A wrapper defines the three methods whatever its inner cell has, so it answers with
+    an attribute ``gated = property(lambda self: jlstm.gated(self.cell))``.
+
+    Args:
+      cell: any cell.
+
+    Returns:
+      True if the cell has all three methods, or what its attribute ``gated`` says.
 
     Raises:
-      TypeError: some parts are defined and others are not.
+      TypeError: the cell has one or two of the three methods.
 
     Example:
       >>> jlstm.gated(jlstm.LSTM(8))
@@ -172,7 +250,22 @@ def common_dtype(*dtypes: Any) -> Any:
 
 
 def where_rows(flags: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
-    """Selects by row, or step: flags ``[B]`` or ``[B, T]``, leaves that begin so."""
+    """Selects between two trees, row by row or step by step.
+
+    Args:
+      flags: booleans, ``[B]`` to select rows or ``[B, T]`` to select steps.
+      on_true: a pytree of arrays whose shapes begin with that of ``flags``; it is taken
+        where ``flags`` is true.
+      on_false: a pytree of the same structure and shapes, taken elsewhere.
+
+    Returns:
+      A pytree of the same structure.
+
+    Example:
+      >>> flags = jnp.array([True, False])
+      >>> jlstm.where_rows(flags, jnp.ones(2), jnp.zeros(2)).tolist()
+      [1.0, 0.0]
+    """
 
     def select(a: Array, b: Array) -> Array:
         return jnp.where(
@@ -183,14 +276,30 @@ def where_rows(flags: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
 
 
 def zero_rows(flags: Array | None, tree: PyTree) -> PyTree:
-    """Replaces what is not flagged by zeros; ``None`` flags everything."""
+    """Replaces rows or steps that are not flagged by zeros.
+
+    A layer of your own calls it twice, with the mask of :func:`jlstm.valid_steps`: on
+    its inputs, so that padding cannot do harm, and on its outputs.
+
+    Args:
+      flags: booleans, ``[B]`` or ``[B, T]``; ``None`` keeps everything.
+      tree: a pytree of arrays whose shapes begin with that of ``flags``.
+
+    Returns:
+      A pytree of the same structure. A value that is replaced has no gradient, even if
+      it was NaN.
+
+    Example:
+      >>> jlstm.zero_rows(jnp.array([True, False]), jnp.ones((2, 2))).tolist()
+      [[1.0, 1.0], [0.0, 0.0]]
+    """
     if flags is None:
         return tree
     return where_rows(flags, tree, jax.tree.map(jnp.zeros_like, tree))
 
 
 def float_dtype(x: Any) -> Any:
-    """The dtype of params that meet ``x``: its own if floating, else the default."""
+    """The dtype of params for inputs ``x``: its own if floating, else the default."""
     return jnp.result_type(x) if is_inexact(x) else jnp.result_type(float)
 
 
@@ -198,11 +307,22 @@ def float_dtype(x: Any) -> Any:
 def config(cls: type[T]) -> type[T]:
     """Makes a class a config: a frozen dataclass that prints as it was written.
 
-    Fields need a literal form, so that a config can be printed, hashed and compared by
-    value: numbers, strings, tuples, other configs, module-level functions.
+    A config says what a cell or a layer is, and holds no arrays. Its fields must have a
+    literal form (numbers, strings, tuples, other configs, module-level functions), so
+    that it can be printed, hashed and compared by value. Use it as a decorator on a
+    cell or layer of your own, in the place of ``dataclass(frozen=True)``, which works
+    too.
+
+    Args:
+      cls: a class with annotated fields, as for ``dataclasses.dataclass``.
+
+    Returns:
+      The class, as a frozen dataclass.
 
     Raises:
-      ValueError: on construction, if a field holds a lambda or a local function.
+      ValueError: on construction, if a field holds a lambda or a local function. Each
+        one is another object, so no two such configs would be equal, and each would be
+        compiled anew.
 
     Example:
       >>> jlstm.LSTM(256, forget_bias=2.0)
@@ -234,8 +354,8 @@ def config(cls: type[T]) -> type[T]:
 def check_literal(config: Any) -> None:
     """Refuses lambdas and local functions in the fields of a dataclass.
 
-    Each construction makes another one, so that no two configs would be equal, and
-    each would compile anew.
+    Each construction makes another such function, so no two configs would be equal, and
+    each would be compiled anew.
 
     Raises:
       ValueError: naming the config and the field.
@@ -266,15 +386,23 @@ def _literal(value: Any) -> str:
 
 @config
 class Policy:
-    """Dtypes of a recurrent layer; ``None`` keeps what the arrays have.
+    """The dtypes in which a recurrent layer keeps its params, computes and carries.
+
+    Give one to a layer: ``RNN(cell, policy=Policy(...))``. A field that is ``None``
+    changes nothing, so ``Policy()`` is the same as no policy. For half precision,
+    ``Policy(compute=jnp.bfloat16, carry=jnp.float32)`` is a good first choice: products
+    are fast, and small additions to the memory are not rounded away.
 
     Attributes:
-      param: in which params are made and stored.
-      compute: in which inputs and weights are multiplied, and outputs leave; without
-        it, outputs leave as the gates give them.
-      carry: in which the carry is kept between steps.
-      accumulate: in which pre-activations reach the gates; ``carry`` if ``None``, else
-        ``compute``.
+      param: the dtype in which ``init`` makes the params.
+      compute: the dtype in which inputs and weights are multiplied, and that of the
+        outputs. If it is ``None``, outputs have the dtype that the gates give them.
+      carry: the dtype of the carry, between steps and as it is returned.
+      accumulate: the dtype in which pre-activations reach the gates. If it is ``None``,
+        it is that of ``carry``, or else that of ``compute``.
+
+    Raises:
+      ValueError: on construction, if a field is not a floating dtype.
 
     Example:
       >>> policy = jlstm.Policy(compute=jnp.bfloat16, carry=jnp.float32)

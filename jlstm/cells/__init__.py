@@ -1,4 +1,4 @@
-"""One step: a file is one formula."""
+"""Cells, each of which computes one time step; a file holds one formula."""
 
 from jlstm.cells.cifg import CIFG, CIFGCarry, CIFGParams, cifg_step
 from jlstm.cells.constraints import (

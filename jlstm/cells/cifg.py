@@ -16,20 +16,33 @@ from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
 @struct.dataclass
 class CIFGParams:
-    """Weights of an LSTM with coupled gates; gates in the order f, g, o."""
+    """Weights of an LSTM with coupled gates; gates stand in the order f, g, o.
 
-    w_ih: Array  # [D, 3H]
-    w_hh: Array  # [H, 3H]
-    b: Array  # [3H]
-    h0: Array | None = None  # [H], the learned fresh carry
-    c0: Array | None = None  # [H]
+    Attributes:
+      w_ih: input weights, ``[D, 3H]``.
+      w_hh: recurrent weights, ``[H, 3H]``.
+      b: biases, ``[3H]``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+      c0: the learned fresh ``c``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
+    h0: Array | None = None
+    c0: Array | None = None
 
 
 class CIFGCarry(NamedTuple):
-    """Carry of an LSTM with coupled gates."""
+    """Carry of an LSTM with coupled gates.
 
-    h: Array  # [..., H]
-    c: Array  # [..., H]
+    Attributes:
+      h: the output of the step, ``[..., H]``.
+      c: the memory, ``[..., H]``.
+    """
+
+    h: Array
+    c: Array
 
 
 def cifg_project(params: CIFGParams, x: Array) -> Array:
@@ -64,13 +77,17 @@ def cifg_step(
         c' &= \sigma(f) \odot c + (1 - \sigma(f)) \odot \tanh(g) \\
         h' &= \sigma(o) \odot \tanh(c')
 
+    The letters mean what they mean in :func:`jlstm.lstm_step`; the input gate is what
+    the forget gate leaves, :math:`1 - \sigma(f)`.
+
     Args:
-      params: ``w_ih [D, 3H]``, ``w_hh [H, 3H]``, ``b [3H]``.
-      carry: ``h`` and ``c`` of the step before, ``[..., H]`` each.
+      params: the weights ``w_ih [D, 3H]``, ``w_hh [H, 3H]`` and ``b [3H]``.
+      carry: ``h`` and ``c`` after the step before, ``[..., H]`` each.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.CIFG(8), jnp.ones((2, 3))
@@ -89,18 +106,21 @@ def cifg_step(
 
 @config
 class CIFG:
-    """LSTM with coupled gates; see :func:`jlstm.cells.cifg_step` for the formula.
+    """LSTM with coupled gates; :func:`jlstm.cells.cifg_step` has the formula.
 
-    It has three quarters of an LSTM's weights, and its cell state stays within -1 and
-    1 if it begins there.
+    It has three quarters of an LSTM's weights. Its memory is an average of what is
+    written, so it stays within -1 and 1 if it begins there.
 
     Attributes:
-      hidden_size: ``H``.
-      forget_bias: added to the forget gate's bias at init.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, gate by gate.
-      b_init: initialiser of the biases, before ``forget_bias``.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
+      forget_bias: a number that ``init`` adds to the forget gate's bias; see
+        :class:`jlstm.LSTM`.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate.
+      b_init: initialiser of the biases, to which ``forget_bias`` is then added.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.CIFG(8))

@@ -1,4 +1,4 @@
-"""What holds weights, carry or output of a cell in shape: cell to cell."""
+"""Wrappers that constrain the weights, carry or output of a cell."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from jlstm.types import Array, PyTree, config
 
 
 class WeightNormParams(NamedTuple):
-    """Params of a cell, whose weights give directions, and their lengths."""
+    """Params of a cell whose weights are normalised.
+
+    Attributes:
+      cell: the params of the inner cell; of the weights that are normalised, only the
+        directions count.
+      scale: the lengths of their columns, an array ``[G]`` under each weight's name.
+    """
 
     cell: PyTree
-    scale: dict[str, Array]  # name -> [G], one a column
+    scale: dict[str, Array]
 
 
 @config
@@ -27,12 +33,13 @@ class WeightNorm(Wrapper):
     .. math::
         \hat W_{:,j} = g_j \, \frac{W_{:,j}}{\lVert W_{:,j} \rVert}
 
-    At init, :math:`g` is the length that the columns have. It is computed once a
-    sequence, outside the loop.
+    At init, :math:`g` is the length that the columns have, so nothing changes. The
+    product is computed once a sequence, before the loop.
 
     Attributes:
       cell: the cell.
-      names: the weights, as the fields of the cell's params are called.
+      names: the weights, by their names in the cell's params; the recurrent ones unless
+        given.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.WeightNorm(jlstm.LSTM(8)))
@@ -81,15 +88,18 @@ def _lengths(weight: Array) -> Array:
 
 @config
 class ClipCarry(Wrapper):
-    r"""Clips the carry after each step to :math:`[-l, l]`.
+    """Clips the carry after each step to :math:`[-l, l]`.
 
-    Its gradient is 0 where it is clipped. Where the output is the new :math:`h`, it is
-    clipped too.
+    Where a value is clipped, its gradient is 0. A cell whose output is its new
+    :math:`h` outputs the clipped one.
 
     Attributes:
       cell: the cell.
       limit: ``l``, positive.
-      names: the fields of the carry; all, if empty.
+      names: the fields of the carry to clip, such as ``("c",)``; all of them if empty.
+
+    Raises:
+      ValueError: on construction, if ``limit`` is not positive.
 
     Example:
       >>> cell = jlstm.ClipCarry(jlstm.LSTM(8), 3.0, names=("c",))
@@ -133,13 +143,13 @@ class ClipCarry(Wrapper):
 
 @config
 class ResidualCell(Wrapper):
-    r"""Adds the input to the output of a cell, :math:`y_t + x_t`.
+    """Adds the input of a cell to its output, :math:`y_t + x_t`.
 
-    ``Residual(RNN(cell))`` does the same for a layer; this is for a cell in
-    ``bidirectional``, or in another wrapper.
+    ``Residual(RNN(cell))`` does the same for a layer. Use this one for a cell in
+    ``bidirectional``, or inside another wrapper.
 
     Attributes:
-      cell: the cell; its outputs have the shape of its inputs.
+      cell: the cell, whose outputs must have the shape of its inputs.
 
     Example:
       >>> layer = jlstm.bidirectional(jlstm.ResidualCell(jlstm.GRU(8)))

@@ -1,4 +1,4 @@
-"""LSTM on images and other grids, with convolutions for products."""
+"""LSTM on images and other grids, with convolutions in the place of products."""
 
 from __future__ import annotations
 
@@ -18,13 +18,22 @@ from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
 @struct.dataclass
 class ConvLSTMParams:
-    """Weights of a convolutional LSTM; gates in the order i, f, g, o."""
+    """Weights of a convolutional LSTM; gates stand in the order i, f, g, o.
 
-    w_ih: Array  # [*K, D, 4H]
-    w_hh: Array  # [*K, H, 4H]
-    b: Array  # [4H]
-    h0: Array | None = None  # [H], the learned fresh carry, the same everywhere
-    c0: Array | None = None  # [H]
+    Attributes:
+      w_ih: the kernel of the inputs, ``[*K, D, 4H]``.
+      w_hh: the kernel of ``h``, ``[*K, H, 4H]``.
+      b: biases, ``[4H]``.
+      h0: the learned fresh ``h``, ``[H]``, the same at all places of the grid; ``None``
+        without ``learned_carry``.
+      c0: the learned fresh ``c``, ``[H]``; likewise.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
+    h0: Array | None = None
+    c0: Array | None = None
 
 
 def conv_lstm_project(params: ConvLSTMParams, x: Array, **options: Any) -> Array:
@@ -48,18 +57,23 @@ def conv_lstm_step(
         c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
         h' &= \sigma(o) \odot \tanh(c')
 
-    where :math:`*` convolves over the spatial axes. The peepholes of the paper are left
-    out, as Keras and Flax do.
+    where :math:`*` convolves over the spatial axes. The other letters mean what they
+    mean in :func:`jlstm.lstm_step`, at each place of the grid. The paper's peepholes
+    are left out, as Keras and Flax do.
 
     Args:
-      params: ``w_ih [*K, D, 4H]``, ``w_hh [*K, H, 4H]``, ``b [4H]``.
-      carry: ``h`` and ``c`` of the step before, ``[..., *S, H]`` each.
-      x: input at this step, spatial axes and channels; leading dimensions are batch
-        dimensions.
-      **options: of the convolution of ``x``, see :func:`jlstm.cells.convolve`.
+      params: the weights ``w_ih [*K, D, 4H]``, ``w_hh [*K, H, 4H]`` and ``b [4H]``,
+        with ``*K`` the size of the kernel along each spatial axis.
+      carry: ``h`` and ``c`` after the step before, ``[..., *S, H]`` each, with ``*S``
+        the shape of the grid.
+      x: input at this step, its last axes the spatial ones and the channels ``D``;
+        leading dimensions are batch dimensions.
+      **options: ``strides``, ``padding`` and ``dilation`` of the convolution of ``x``;
+        see :func:`jlstm.cells.convolve`.
 
     Returns:
-      The new carry, and the output ``[..., *S, H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., *S, H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.ConvLSTM(4, 3, (8, 8)), jnp.ones((2, 8, 8, 3))
@@ -78,25 +92,36 @@ def conv_lstm_step(
 
 @config
 class ConvLSTM:
-    """Convolutional LSTM; see :func:`jlstm.cells.conv_lstm_step` for the formula.
+    """Convolutional LSTM; :func:`jlstm.cells.conv_lstm_step` has the formula.
 
-    A layer takes ``[B, T, *spatial_shape, D]`` and returns ``[B, T, *S, H]``, where
-    ``S`` is smaller than ``spatial_shape`` if strides or padding make it so. Sizes are
-    ints, for all spatial axes, or tuples.
+    A layer of it maps ``[B, T, *spatial_shape, D]`` to ``[B, T, *S, H]``, where ``S``
+    is ``spatial_shape`` unless strides or padding make it smaller. A size is an int,
+    for all spatial axes, or a tuple with one int for each.
 
     Attributes:
-      hidden_size: ``H``, channels of the output.
-      kernel_size: ``K``, of both convolutions.
-      spatial_shape: of the inputs, such as ``(height, width)``; one to three axes.
-      strides: of the convolution of inputs; that of ``h`` has strides 1, padding
-        ``"SAME"`` and no dilation.
-      padding: of the same, ``"SAME"`` or ``"VALID"``.
-      dilation: of the same.
-      forget_bias: added to the forget gate's bias at init.
-      learned_carry: learns the fresh carry, the same everywhere, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, gate by gate.
-      b_init: initialiser of the biases, before ``forget_bias``.
+      hidden_size: ``H``, the number of channels of the output.
+      kernel_size: the size of the kernels of both convolutions, in places of the grid.
+        An odd one is centred.
+      spatial_shape: the shape of the input's grid, a tuple of one to three ints, such
+        as ``(height, width)``.
+      strides: places between two outputs of the convolution of the inputs. The
+        convolution of ``h`` always has strides 1, padding ``"SAME"`` and no dilation.
+      padding: of the convolution of the inputs: ``"SAME"`` pads with zeros and keeps
+        the shape, ``"VALID"`` does not pad.
+      dilation: places between two taps of the convolution of the inputs; 1 means
+        neighbours.
+      forget_bias: a number that ``init`` adds to the forget gate's bias; see
+        :class:`jlstm.LSTM`.
+      learned_carry: true makes the fresh carry a param, the same at all places, which
+        starts at zero; otherwise each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate.
+      b_init: initialiser of the biases, to which ``forget_bias`` is then added.
+
+    Raises:
+      ValueError: on construction, if a size is not positive, or a kernel does not fit
+        into the grid.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.ConvLSTM(4, kernel_size=3, spatial_shape=(8, 6)))

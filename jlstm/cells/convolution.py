@@ -28,11 +28,18 @@ def convolve(
     """Convolves ``x [..., *S, D]`` with ``w [*K, D, G]`` over the spatial axes ``*S``.
 
     Args:
-      x: what to convolve; leading dimensions are batch dimensions.
-      w: one to three spatial axes, and two of channels.
-      strides: one a spatial axis; 1 if ``None``.
-      padding: ``"SAME"`` or ``"VALID"``.
-      dilation: one a spatial axis; 1 if ``None``.
+      x: the input; the axes before ``*S`` are batch dimensions.
+      w: the kernel: one to three spatial axes, then the channels in and out.
+      strides: places between two outputs, one int for each spatial axis; ``None`` means
+        1.
+      padding: ``"SAME"`` pads with zeros so that strides 1 keep the shape; ``"VALID"``
+        does not pad.
+      dilation: places between two taps, one int for each spatial axis; ``None`` means
+        1.
+
+    Returns:
+      An array ``[..., *S', G]``, where ``S'`` is smaller than ``S`` if strides or
+      padding make it so.
 
     Example:
       >>> jlstm.cells.convolve(jnp.ones((2, 8, 8, 3)), jnp.ones((5, 5, 3, 4))).shape

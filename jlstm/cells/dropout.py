@@ -1,4 +1,4 @@
-"""Noise in a cell, drawn once a sequence and outside its loop: cell to cell."""
+"""Wrappers that add noise to a cell, drawn once a sequence before the loop."""
 
 from __future__ import annotations
 
@@ -32,21 +32,25 @@ def check_rates(wrapper: Any, *names: str) -> None:
 
 @config
 class Zoneout(Wrapper):
-    r"""Keeps, at random, parts of the carry as they were.
+    r"""Keeps, at random, parts of the carry as they were before the step.
 
     .. math::
         h_t = d \odot h_{t-1} + (1 - d) \odot \tilde h_t, \qquad
         d \sim \mathrm{Bernoulli}(p), \text{ or } d = p \text{ without a key}
 
-    for each step and unit, with :math:`\tilde h_t` the cell's; the memory :math:`c` of
-    a cell that has one likewise. Where the output is the new :math:`h`, it is the one
-    that goes on.
+    for each step and unit, where :math:`\tilde h_t` is what the cell computed; and
+    likewise for the memory :math:`c` of a cell that has one. A cell whose output is its
+    new :math:`h` outputs :math:`h_t`.
 
     Attributes:
-      cell: the cell; its carry has the fields ``h`` and, for ``c``, ``c``, or is one
-        array, which then is ``h``.
-      h: the probability for ``h``.
-      c: the probability for ``c``.
+      cell: the cell. Its carry has fields ``h`` and, if ``c`` is above 0, ``c``; or it
+        is a single array, which counts as ``h``.
+      h: the probability that a unit of ``h`` is kept as it was, in [0, 1). The paper
+        uses 0.05.
+      c: the same for ``c``, such as 0.5.
+
+    Raises:
+      ValueError: on construction, if a probability is out of range or both are 0.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.Zoneout(jlstm.LSTM(8), h=0.05, c=0.5))
@@ -125,15 +129,20 @@ class VariationalDropout(Wrapper):
         z^x_t = \mathrm{project}(\theta, m_x \odot x_t), \qquad
         z^h_t = \mathrm{mix}(\theta, m_h \odot h_{t-1}, z^x_t)
 
-    with masks :math:`m` of 0 and :math:`1 / (1 - p)`, one a row; without a key they
-    are 1. All gates share them. A product in ``update``, as in a GRU that resets
-    before it, sees the whole :math:`h`.
+    with masks :math:`m` of the values 0 and :math:`1 / (1 - p)`, one for each row,
+    which all gates share. Without a key the masks are 1. A product in ``update``, such
+    as that of a GRU with ``reset_after=False``, reads the whole :math:`h`.
 
     Attributes:
-      cell: the cell; in gated form, and with an ``h`` in its carry, for ``recurrent``.
-      inputs: the probability of a feature of ``x`` to be dropped.
-      recurrent: the probability of a unit of ``h`` to be dropped on its way into the
-        recurrent product.
+      cell: the cell. For ``recurrent`` it must be in gated form and have an ``h`` in
+        its carry.
+      inputs: the probability that a feature of ``x`` is dropped, in [0, 1).
+      recurrent: the probability that a unit of ``h`` is dropped on its way into the
+        recurrent product, in [0, 1).
+
+    Raises:
+      ValueError: on construction, if a probability is out of range, both are 0, or
+        ``recurrent`` is given with a cell that is not in gated form.
 
     Example:
       >>> cell = jlstm.VariationalDropout(jlstm.LSTM(8), inputs=0.2, recurrent=0.2)
@@ -198,10 +207,16 @@ class DropConnect(Wrapper):
         \hat W = m \odot W, \qquad
         m \sim \mathrm{Bernoulli}(1 - p) / (1 - p)
 
+    Without a key nothing is dropped.
+
     Attributes:
       cell: the cell.
-      rate: the probability of a weight to be dropped.
-      names: the weights, as the fields of the cell's params are called.
+      rate: the probability that a weight is dropped, in (0, 1); 0.5 is usual.
+      names: the weights, by their names in the cell's params; the recurrent ones unless
+        given.
+
+    Raises:
+      ValueError: on construction, if ``rate`` is out of range.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.DropConnect(jlstm.LSTM(8), 0.5))

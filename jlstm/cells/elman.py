@@ -23,19 +23,31 @@ from jlstm.types import (
 
 @struct.dataclass
 class ElmanParams:
-    """Weights of a simple recurrent network."""
+    """Weights of a simple recurrent network.
 
-    w_ih: Array  # [D, H]
-    w_hh: Array  # [H, H]
-    b: Array  # [H]
-    b_hh: Array | None = None  # [H], the second bias
-    h0: Array | None = None  # [H], the learned fresh carry
+    Attributes:
+      w_ih: input weights, ``[D, H]``.
+      w_hh: recurrent weights, ``[H, H]``.
+      b: biases, ``[H]``.
+      b_hh: second biases, ``[H]``; ``None`` without ``double_bias``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
+    b_hh: Array | None = None
+    h0: Array | None = None
 
 
 class ElmanCarry(NamedTuple):
-    """Carry of a simple recurrent network."""
+    """Carry of a simple recurrent network.
 
-    h: Array  # [..., H]
+    Attributes:
+      h: memory and output in one, ``[..., H]``.
+    """
+
+    h: Array
 
 
 def elman_project(params: ElmanParams, x: Array) -> Array:
@@ -62,13 +74,14 @@ def elman_step(
         h' = \tanh(x W_{ih} + h W_{hh} + b)
 
     Args:
-      params: ``w_ih [D, H]``, ``w_hh [H, H]``, ``b [H]``.
-      carry: ``h`` of the step before, ``[..., H]``.
+      params: the weights ``w_ih [D, H]``, ``w_hh [H, H]`` and ``b [H]``.
+      carry: ``h`` after the step before, ``[..., H]``.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
-      activation: replaces the tanh.
+      activation: a function in the place of the tanh.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.Elman(8), jnp.ones((2, 3))
@@ -87,18 +100,21 @@ def elman_step(
 
 @config
 class Elman:
-    """Simple recurrent network; see :func:`jlstm.elman_step` for the formula.
+    """Simple recurrent network; :func:`jlstm.elman_step` has the formula.
 
-    The IRNN of Le, Jaitly & Hinton (2015) is
+    It is fast, and its memory is short. With rectified linear units, and an identity
+    for its recurrent weights, it is the IRNN of Le, Jaitly & Hinton (2015), whose
+    gradients do not fade:
     ``Elman(H, activation=jax.nn.relu, w_hh_init=jlstm.init.Identity())``.
 
     Attributes:
-      hidden_size: ``H``.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
       activation: ``jlstm.tanh``, ``jax.nn.relu``, or any module-level function or
         frozen dataclass that is called with an array ``[..., H]``.
       double_bias: adds a second bias, as PyTorch has it.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``; see :mod:`jlstm.init`.
       w_hh_init: initialiser of ``w_hh``.
       b_init: initialiser of the biases.
 

@@ -1,4 +1,4 @@
-"""Arithmetic that cell authors share: products, normalisation, gates."""
+"""The arithmetic that cells share: gates, products, normalisation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from jlstm.types import Array, common_dtype
 
 
 def affine(x: Array, w: Array, b: Array | None = None) -> Array:
-    """Computes ``x @ w + b`` for ``x [..., D]``, ``w [D, G]``, ``b [G]``.
+    """Computes ``x @ w + b``.
+
+    Args:
+      x: ``[..., D]``.
+      w: ``[D, G]``.
+      b: ``[G]``, or ``None`` for no bias.
+
+    Returns:
+      An array ``[..., G]``.
 
     Example:
       >>> jlstm.affine(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones(4)).shape
@@ -27,15 +35,32 @@ def affine(x: Array, w: Array, b: Array | None = None) -> Array:
 
 
 def add_vector(z: Array, b: Array) -> Array:
-    """Adds ``b [G]`` to ``z [..., G]``, legal where rank promotion is refused."""
+    """Adds a vector to the last axis of an array.
+
+    ``z + b`` does the same, except under ``jax.numpy_rank_promotion("raise")``, where
+    JAX refuses it.
+
+    Args:
+      z: ``[..., G]``.
+      b: ``[G]``.
+
+    Example:
+      >>> jlstm.add_vector(jnp.zeros((2, 3)), jnp.ones(3)).shape
+      (2, 3)
+    """
     return z + row(b, z)
 
 
 def heads_product(h: Array, w_hh: Array) -> Array:
-    """Computes ``h @ w_hh`` head by head, for ``h [..., H]`` and ``w_hh [N, H/N, G]``.
+    """Multiplies ``h`` with recurrent weights head by head.
 
-    The result, ``[..., NG]``, has in each of the ``GN/H`` gates one head after the
-    other, where those of ``w_hh`` have one gate after the other.
+    Args:
+      h: ``[..., H]``, one head after the other.
+      w_hh: ``[N, H/N, G]``: for each head, one gate after the other.
+
+    Returns:
+      An array ``[..., NG]``: for each of the ``GN/H`` gates, one head after the other,
+      as :func:`jlstm.gates` wants it.
 
     Example:
       >>> jlstm.cells.heads_product(jnp.ones((2, 6)), jnp.ones((3, 2, 8))).shape
@@ -53,7 +78,12 @@ def heads_product(h: Array, w_hh: Array) -> Array:
 def normalise(z: Array, gamma: Array) -> Array:
     r"""Computes :math:`\gamma \odot (z - \mu) / \sqrt{\sigma^2 + 10^{-5}}`.
 
-    The moments are those of the last axis, in float32 at least.
+    The mean :math:`\mu` and the variance :math:`\sigma^2` are those of the last axis,
+    computed in float32 at least.
+
+    Args:
+      z: ``[..., G]``.
+      gamma: the scale, ``[G]``.
 
     Example:
       >>> jlstm.cells.normalise(jnp.array([1.0, 3.0]), jnp.ones(2)).round(3).tolist()
@@ -67,7 +97,17 @@ def normalise(z: Array, gamma: Array) -> Array:
 
 
 def row(v: Array, z: Array) -> Array:
-    """Shapes ``v [G]`` to meet ``z [..., G]``, also where rank promotion is refused.
+    """Gives a vector the dimensions that it needs to meet an array.
+
+    It is for operations under ``jax.numpy_rank_promotion("raise")``, where JAX does not
+    add dimensions by itself.
+
+    Args:
+      v: ``[G]``.
+      z: an array ``[..., G]``; only its number of dimensions counts.
+
+    Returns:
+      ``v`` as ``[1, ..., 1, G]``.
 
     Example:
       >>> jlstm.row(jnp.ones(4), jnp.ones((2, 3, 4))).shape
@@ -79,13 +119,18 @@ def row(v: Array, z: Array) -> Array:
 def fresh(
     learned: Array | None, size: int, batch_shape: tuple[int, ...], like: Array
 ) -> Array:
-    """Makes a leaf ``[*batch_shape, H]`` of the fresh carry: learned, or zeros.
+    """Makes one leaf of the fresh carry: learned, or zeros.
+
+    The ``init_carry`` of a cell of your own calls it.
 
     Args:
-      learned: ``[H]``, or None.
+      learned: the learned leaf, ``[H]``, or ``None`` for zeros.
       size: ``H``.
-      batch_shape: the batch dimensions.
-      like: an array of the dtype.
+      batch_shape: the batch dimensions, such as ``(B,)``.
+      like: an array whose dtype the zeros get, such as a weight.
+
+    Returns:
+      An array ``[*batch_shape, H]``.
 
     Example:
       >>> jlstm.fresh(None, 4, (2,), jnp.ones(3)).shape
@@ -110,9 +155,9 @@ _named: contextvars.ContextVar[list[Named] | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def naming() -> Iterator[list[Named]]:
-    """Collects what the steps inside name: gates, and what :func:`named` is given.
+    """Collects the gates of the steps that run inside, and what :func:`named` is given.
 
-    A step must run in the trace that reads the list.
+    The list must be read in the same trace in which the steps run.
     """
     collected: list[Named] = []
     token = _named.set(collected)
@@ -123,16 +168,16 @@ def naming() -> Iterator[list[Named]]:
 
 
 def named(name: str, value: Array, activation: Any = None) -> Array:
-    """Returns ``value``, under a name that :func:`jlstm.diagnostics.trace` shows.
+    """Returns ``value``, and shows it under a name in :func:`jlstm.diagnostics.trace`.
 
-    For what a cell computes without :func:`gates`. Nothing else depends on it, and
-    outside a trace it does nothing.
+    It is for gates that a cell computes without :func:`gates`. Nothing but diagnostics
+    depends on it, and outside of them it does nothing.
 
     Args:
-      name: of the gate.
-      value: ``[..., H]``.
-      activation: the function it came from, which tells its range: that of
-        :func:`sigmoid` is 0 to 1, that of :func:`tanh` -1 to 1, others have none.
+      name: the name of the gate.
+      value: its values, ``[..., H]``.
+      activation: the function that made it, which tells the range of its values: 0 to 1
+        for :func:`sigmoid`, -1 to 1 for :func:`tanh`, none for others.
 
     Example:
       >>> jlstm.named("n", jnp.ones(2)).tolist()
@@ -171,26 +216,28 @@ def gates(
 ) -> tuple[Array, ...]:
     r"""Splits pre-activations into gates and applies their activations.
 
-    One :math:`\tanh` over the whole block, since
-    :math:`\sigma(x) = \tfrac12 + \tfrac12 \tanh(x/2)`: XLA vectorises it where it does
-    not vectorise a sigmoid of a slice. The derivative is written in terms of the
-    results, :math:`\sigma' = \sigma - \sigma^2` and :math:`\tanh' = 1 - \tanh^2`, so
-    that a backward pass stores them and nothing else. Where an ``update`` needs parts
-    of ``zx`` or ``zh``, take them by ``jnp.split``: the transpose of a slice pads with
-    zeros, which XLA does not vectorise either.
+    It is the fast way to write gates. It computes one :math:`\tanh` over the whole
+    block, since :math:`\sigma(x) = \tfrac12 + \tfrac12 \tanh(x/2)`, which XLA turns
+    into vector instructions where it does not for a sigmoid of a slice. Its derivatives
+    are functions of the results, :math:`\sigma' = \sigma - \sigma^2` and :math:`\tanh'
+    = 1 - \tanh^2`, so a backward pass stores the gates and nothing else.
+
+    If your ``update`` needs parts of ``zx`` or ``zh``, take them by ``jnp.split``
+    instead of slices: the derivative of a slice pads with zeros, which is slow.
 
     Args:
-      z: pre-activations ``[..., len(kinds) * H]``.
-      kinds: one letter a gate, ``s`` for a sigmoid and ``t`` for a tanh.
-      names: one a gate, for :func:`jlstm.diagnostics.trace`: a string of letters, such
-        as ``"ifgo"``, or a sequence of words.
+      z: pre-activations, ``[..., len(kinds) * H]``, one gate after the other.
+      kinds: one letter for each gate: ``s`` for a sigmoid, ``t`` for a tanh.
+      names: one name for each gate, under which :func:`jlstm.diagnostics.trace` shows
+        it: a string of letters, such as ``"ifgo"``, or a sequence of words. ``None``
+        numbers the gates.
 
     Returns:
-      One array ``[..., H]`` a gate.
+      A tuple with one array ``[..., H]`` for each gate.
 
     Raises:
-      ValueError: another letter, a last axis that does not divide, or another number
-        of names.
+      ValueError: ``kinds`` has another letter, the last axis of ``z`` cannot be divided
+        by the number of gates, or there is another number of names.
 
     Example:
       >>> i, f, g, o = jlstm.gates(jnp.zeros((2, 12)), "ssts")
@@ -245,15 +292,18 @@ def activate(
     gate_activation: Callable[[Array], Array],
     names: Sequence[str] | None = None,
 ) -> tuple[Array, ...]:
-    """Does what :func:`jlstm.gates` does, with other functions for its letters.
+    """Does what :func:`jlstm.gates` does, with functions of your choice.
 
     Args:
-      z: pre-activations ``[..., len(kinds) * H]``.
-      kinds: one letter a gate, as in :func:`jlstm.gates`.
-      activation: for each ``t``; with :func:`tanh` and :func:`sigmoid`, all is done in
-        one go.
-      gate_activation: for each ``s``.
-      names: as in :func:`gates`.
+      z: pre-activations, ``[..., len(kinds) * H]``, one gate after the other.
+      kinds: one letter for each gate, ``s`` or ``t``.
+      activation: the function for each ``t``.
+      gate_activation: the function for each ``s``. If the two are :func:`tanh` and
+        :func:`sigmoid`, :func:`jlstm.gates` does the work.
+      names: one name for each gate, as for :func:`jlstm.gates`.
+
+    Returns:
+      A tuple with one array ``[..., H]`` for each gate.
 
     Example:
       >>> i, g = jlstm.activate(jnp.ones((2, 8)), "st", jax.nn.relu, jlstm.sigmoid)
@@ -269,7 +319,12 @@ def activate(
 
 
 def sigmoid(x: Array) -> Array:
-    """``jax.nn.sigmoid``, whose derivative stores its result and nothing else.
+    """Computes :math:`1 / (1 + e^{-x})`; its derivative stores the result alone.
+
+    ``jax.nn.sigmoid`` has the same values.
+
+    Args:
+      x: an array of any shape.
 
     Example:
       >>> jlstm.sigmoid(jnp.zeros(2)).tolist()
@@ -279,7 +334,12 @@ def sigmoid(x: Array) -> Array:
 
 
 def tanh(x: Array) -> Array:
-    """``jnp.tanh``, whose derivative stores its result and nothing else.
+    """Computes the hyperbolic tangent; its derivative stores the result alone.
+
+    ``jnp.tanh`` has the same values.
+
+    Args:
+      x: an array of any shape.
 
     Example:
       >>> jlstm.tanh(jnp.zeros(2)).tolist()
@@ -293,7 +353,10 @@ def _activate_one(x: Array, kind: str) -> Array:
 
 
 def positive(x: Array) -> Array:
-    """Applies ``x + 1/2`` where ``x >= 0``, else a sigmoid; continuous, and positive.
+    """Computes ``x + 1/2`` where ``x >= 0``, else ``sigmoid(x)``, which is positive.
+
+    Args:
+      x: an array of any shape.
 
     References:
       Feng et al., Were RNNs all we needed?, 2024, where it is called g.

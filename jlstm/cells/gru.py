@@ -24,19 +24,33 @@ from jlstm.types import (
 
 @struct.dataclass
 class GRUParams:
-    """Weights of a GRU; gates in the order r, z, n."""
+    """Weights of a GRU; gates stand in the order r, z, n.
 
-    w_ih: Array  # [D, 3H]
-    w_hh: Array  # [H, 3H]
-    b: Array  # [3H]
-    b_hh: Array | None = None  # [3H] with a second bias, else [H], inside r * (.)
-    h0: Array | None = None  # [H], the learned fresh carry
+    Attributes:
+      w_ih: input weights, ``[D, 3H]``.
+      w_hh: recurrent weights, ``[H, 3H]``.
+      b: biases, ``[3H]``.
+      b_hh: biases that are added to the recurrent product: ``[3H]`` with
+        ``double_bias``; else ``[H]``, for ``n`` alone, if ``reset_after``; else
+        ``None``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
+    b_hh: Array | None = None
+    h0: Array | None = None
 
 
 class GRUCarry(NamedTuple):
-    """Carry of a GRU."""
+    """Carry of a GRU.
 
-    h: Array  # [..., H]
+    Attributes:
+      h: memory and output in one, ``[..., H]``.
+    """
+
+    h: Array
 
 
 def gru_project(params: GRUParams, x: Array) -> Array:
@@ -87,15 +101,21 @@ def gru_step(
         n &= \tanh(x W_{ih}^n + b^n + r \odot (h W_{hh}^n + b_{hh}^n)) \\
         h' &= (1 - z) \odot n + z \odot h
 
+    where a prime marks what is new, and a superscript takes the columns of a gate. The
+    reset gate :math:`r` says how much of the past the candidate :math:`n` sees, the
+    update gate :math:`z` how much of :math:`h` is kept.
+
     Args:
-      params: ``w_ih [D, 3H]``, ``w_hh [H, 3H]``, ``b [3H]``, ``b_hh [H]`` or ``[3H]``.
-      carry: ``h`` of the step before, ``[..., H]``.
+      params: the weights ``w_ih [D, 3H]``, ``w_hh [H, 3H]``, ``b [3H]`` and ``b_hh``,
+        ``[H]`` or ``[3H]``; see :class:`jlstm.GRUParams`.
+      carry: ``h`` after the step before, ``[..., H]``.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
-      activation: replaces the tanh.
-      gate_activation: replaces the sigmoids.
+      activation: a function in the place of the tanh.
+      gate_activation: a function in the place of the sigmoids.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.GRU(8), jnp.ones((2, 3))
@@ -153,7 +173,9 @@ def gru_reset_before_step(
         n &= \tanh(x W_{ih}^n + (r \odot h) W_{hh}^n + b^n) \\
         h' &= (1 - z) \odot n + z \odot h
 
-    Args and results are those of :func:`jlstm.gru_step`.
+    Arguments and results are those of :func:`jlstm.gru_step`, except that ``b_hh`` is
+    ``[3H]`` or ``None``. Each step computes two recurrent products, one after the
+    other, where that function computes one.
 
     Example:
       >>> cell, x = jlstm.GRU(8, reset_after=False), jnp.ones((2, 3))
@@ -172,21 +194,30 @@ def gru_reset_before_step(
 
 @config
 class GRU:
-    """Gated recurrent unit; see :func:`jlstm.gru_step` for the formula.
+    """Gated recurrent unit; :func:`jlstm.gru_step` has the formula.
+
+    It has three quarters of an LSTM's weights and half of its carry.
 
     Attributes:
-      hidden_size: ``H``.
-      reset_after: applies the reset gate after the recurrent product (cuDNN, PyTorch,
-        Keras' default); false is the published form, :func:`gru_reset_before_step`.
-      update_bias: added to the bias of z at init, so that more is kept; or
-        ``jlstm.init.Chrono(max_time)``.
-      activation: of the candidate; any module-level function.
-      gate_activation: of the two gates.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
+      reset_after: true applies the reset gate after the recurrent product, as cuDNN,
+        PyTorch and Keras by default; it is the faster form. False is the published
+        form, :func:`jlstm.gru_reset_before_step`, which Haiku has.
+      update_bias: a number that ``init`` adds to the bias of the update gate z. While
+        inputs are small, the fraction ``sigmoid(update_bias)`` of ``h`` is kept at each
+        step: 0.5 for 0, 0.73 for 1. For long dependencies,
+        ``jlstm.init.Chrono(max_time)`` gives each unit a bias of its own.
+      activation: the function of the candidate, any module-level function of an array.
+        With another than tanh the native loop cannot run, and the fused one does.
+      gate_activation: the function of the two gates; the same holds for another than
+        the sigmoid.
       double_bias: adds a second bias to every gate, as PyTorch has it.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, gate by gate.
-      b_init: initialiser of the biases.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate.
+      b_init: initialiser of the biases, to which ``update_bias`` is then added.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.GRU(8))

@@ -1,4 +1,4 @@
-"""GRU for series with missing values, which decays what it has not seen for long."""
+"""GRU for series with missing values, which lets old observations fade."""
 
 from __future__ import annotations
 
@@ -15,34 +15,59 @@ from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
 
 class GRUDInput(NamedTuple):
-    """Input of a GRU-D; ``delta`` is what :func:`jlstm.data.elapsed` computes."""
+    """Input of a GRU-D: values, which of them were observed, and how long ago.
 
-    x: Array  # [..., D], anything, NaN too, where it is missing
-    mask: Array  # [..., D], true, or above 0, where x was observed
-    delta: Array  # [..., D], time since x was observed last
+    Attributes:
+      x: the values, ``[..., D]``; where one is missing, anything may stand, even NaN.
+      mask: true, or above 0, where a value was observed, ``[..., D]``.
+      delta: the time since each variable was observed last, ``[..., D]``, in any unit,
+        the same for training and use; :func:`jlstm.data.elapsed` computes it.
+    """
+
+    x: Array
+    mask: Array
+    delta: Array
 
 
 @struct.dataclass
 class GRUDParams:
-    """Weights of a GRU-D; gates in the order r, z, n."""
+    """Weights of a GRU-D; gates stand in the order r, z, n.
 
-    w_ih: Array  # [D, 3H]
-    w_mh: Array  # [D, 3H], of the mask
-    w_hh: Array  # [H, 3H]
-    b: Array  # [3H]
-    w_dx: Array  # [D], decay of each variable
-    b_dx: Array  # [D]
-    w_dh: Array  # [D, H], decay of h
-    b_dh: Array  # [H]
-    mean: Array  # [D], of each variable
-    h0: Array | None = None  # [H], the learned fresh carry
+    Attributes:
+      w_ih: weights of the values, ``[D, 3H]``.
+      w_mh: weights of the mask, ``[D, 3H]``.
+      w_hh: recurrent weights, ``[H, 3H]``.
+      b: biases, ``[3H]``.
+      w_dx: rate at which each variable decays to its mean, per unit of time, ``[D]``.
+      b_dx: bias of that rate, ``[D]``.
+      w_dh: rates at which ``h`` decays, per unit of time, ``[D, H]``.
+      b_dh: bias of these rates, ``[H]``.
+      mean: the value to which each variable decays, ``[D]``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_mh: Array
+    w_hh: Array
+    b: Array
+    w_dx: Array
+    b_dx: Array
+    w_dh: Array
+    b_dh: Array
+    mean: Array
+    h0: Array | None = None
 
 
 class GRUDCarry(NamedTuple):
-    """Carry of a GRU-D."""
+    """Carry of a GRU-D.
 
-    h: Array  # [..., H]
-    x: Array  # [..., D], each variable as it was observed last
+    Attributes:
+      h: memory and output in one, ``[..., H]``.
+      x: the last observation of each variable, ``[..., D]``.
+    """
+
+    h: Array
+    x: Array
 
 
 class GRUDProjection(NamedTuple):
@@ -56,7 +81,7 @@ class GRUDProjection(NamedTuple):
 
 
 def gru_d_project(params: GRUDParams, x: GRUDInput) -> GRUDProjection:
-    """Computes decays, and pre-activations but for the last observations' part."""
+    """Computes decays, and the pre-activations less what the last observations add."""
     values, mask, delta = _checked(x)
     seen = mask > jnp.zeros_like(mask)
     # Selected, not multiplied: 0 * NaN is NaN, in a gradient too.
@@ -115,17 +140,24 @@ def gru_d_step(
             + (r \odot \hat{h}) W_{hh}^n + b^n) \\
         h' &= (1 - z) \odot \hat{h} + z \odot n
 
-    As in the paper, ``z`` opens to ``n``; that of :func:`jlstm.gru_step` keeps ``h``.
+    where :math:`m` is the mask and :math:`\delta` the time since a variable was
+    observed. A missing value is replaced by one between the last observation
+    :math:`x_{last}` and the mean, and :math:`h` fades too. As in the paper, the larger
+    :math:`z`, the more of :math:`\hat{h}` is replaced, the opposite of
+    :func:`jlstm.gru_step`.
 
     Args:
-      params: weights ``w_ih [D, 3H]``, ``w_mh [D, 3H]``, ``w_hh [H, 3H]``, ``b [3H]``;
-        decays ``w_dx [D]``, ``b_dx [D]``, ``w_dh [D, H]``, ``b_dh [H]``; ``mean [D]``.
-      carry: ``h [..., H]``, and the last observation ``x [..., D]`` of each variable.
-      x: ``x``, ``mask`` and ``delta``, ``[..., D]`` each; leading dimensions are batch
-        dimensions.
+      params: the weights ``w_ih [D, 3H]``, ``w_mh [D, 3H]``, ``w_hh [H, 3H]`` and
+        ``b [3H]``; the decays ``w_dx [D]``, ``b_dx [D]``, ``w_dh [D, H]`` and
+        ``b_dh [H]``; and ``mean [D]``. See :class:`jlstm.cells.GRUDParams`.
+      carry: ``h [..., H]`` after the step before, and the last observation
+        ``x [..., D]`` of each variable.
+      x: a :class:`jlstm.GRUDInput`: ``x``, ``mask`` and ``delta``, ``[..., D]`` each;
+        leading dimensions are batch dimensions.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, ones = jlstm.GRUD(8), jnp.ones((2, 3))
@@ -154,23 +186,28 @@ def _checked(x: GRUDInput) -> GRUDInput:
 
 @config
 class GRUD:
-    """GRU for series with missing values; see :func:`jlstm.cells.gru_d_step`.
+    """GRU for series with missing values; :func:`jlstm.cells.gru_d_step` computes it.
 
-    Inputs are :class:`GRUDInput`, for a layer ``[B, T, D]`` each; one that runs in
-    reverse takes ``delta`` as it is. Decays start at 1, where the last observation
-    stands in for a missing one, and are learned. Before its first observation a
-    variable is at its mean: give those of the training data as
-    ``mean_init=jlstm.init.Pretrained(means)``. They are params, so exclude the leaf
-    ``mean`` from training if they shall stay.
+    A layer takes a :class:`GRUDInput` of three arrays ``[B, T, D]``. At init nothing
+    decays: the last observation stands in for a missing value. The rates are learned. A
+      variable that has not been observed yet has its mean. Give the means of the
+      training data as ``mean_init=jlstm.init.Pretrained(means)``; they are params, so
+      leave the leaf
+    ``mean`` out of training if they are to stay.
+
+    A layer that runs in reverse reads ``delta`` as it stands: nothing turns it into the
+    time to the next observation.
 
     Attributes:
-      hidden_size: ``H``.
-      learned_carry: learns the fresh ``h``, which starts at zero.
-      w_ih_init: initialiser of ``w_ih`` and ``w_mh``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, gate by gate.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
+      learned_carry: true makes the fresh ``h`` a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih`` and of ``w_mh``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate.
       b_init: initialiser of the biases of the gates.
       decay_init: initialiser of the weights and biases of the decays.
-      mean_init: initialiser of ``mean [D]``.
+      mean_init: initialiser of ``mean [D]``, zeros unless given.
 
     Example:
       >>> x = np.array([[1.0], [np.nan], [3.0]], np.float32)
@@ -217,7 +254,7 @@ class GRUD:
         )
 
     def init_carry(self, params: GRUDParams, batch_shape: tuple[int, ...]) -> GRUDCarry:
-        """Makes the fresh carry: ``h``, and the means for last observations."""
+        """Makes the fresh carry: ``h``, and means in the place of last observations."""
         h = fresh(params.h0, self.hidden_size, batch_shape, params.b)
         mean = fresh(params.mean, params.mean.shape[0], batch_shape, params.b)
         return GRUDCarry(h, mean)

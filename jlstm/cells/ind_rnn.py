@@ -1,4 +1,4 @@
-"""Recurrent network of units that do not see each other."""
+"""Recurrent network whose units do not see each other."""
 
 from __future__ import annotations
 
@@ -16,18 +16,29 @@ from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
 @struct.dataclass
 class IndRNNParams:
-    """Weights of an independently recurrent network."""
+    """Weights of an independently recurrent network.
 
-    w_ih: Array  # [D, H]
-    u: Array  # [H], of each unit's own past
-    b: Array  # [H]
-    h0: Array | None = None  # [H], the learned fresh carry
+    Attributes:
+      w_ih: input weights, ``[D, H]``.
+      u: the recurrent weight of each unit on its own past, ``[H]``.
+      b: biases, ``[H]``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    u: Array
+    b: Array
+    h0: Array | None = None
 
 
 class IndRNNCarry(NamedTuple):
-    """Carry of an independently recurrent network."""
+    """Carry of an independently recurrent network.
 
-    h: Array  # [..., H]
+    Attributes:
+      h: memory and output in one, ``[..., H]``.
+    """
+
+    h: Array
 
 
 def ind_rnn_project(params: IndRNNParams, x: Array) -> Array:
@@ -66,13 +77,14 @@ def ind_rnn_step(
         h' = \mathrm{relu}(x W_{ih} + u \odot h + b)
 
     Args:
-      params: ``w_ih [D, H]``, ``u [H]``, ``b [H]``.
-      carry: ``h`` of the step before, ``[..., H]``.
+      params: the weights ``w_ih [D, H]``, ``u [H]`` and ``b [H]``.
+      carry: ``h`` after the step before, ``[..., H]``.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
-      activation: replaces the relu.
+      activation: a function in the place of the relu.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.IndRNN(8), jnp.ones((2, 3))
@@ -92,20 +104,21 @@ def ind_rnn_step(
 
 @config
 class IndRNN:
-    """Independently recurrent network; see :func:`jlstm.cells.ind_rnn_step`.
+    """Independently recurrent network; :func:`jlstm.cells.ind_rnn_step` computes it.
 
-    Over T steps a unit multiplies its past, and a gradient, by up to ``u ** T``. The
-    paper therefore keeps ``u`` below ``2 ** (1 / T)``: for long sequences start with
-    ``u_init=jlstm.init.Uniform(2 ** (1 / T))``. Units do not meet within a layer, so
-    put several in a stack.
+    Units do not see each other within a layer, so put several layers into a stack. Over
+    T steps a unit multiplies its past, and a gradient, by up to ``u ** T``. The paper
+    therefore keeps ``u`` below ``2 ** (1 / T)``: for long sequences begin with
+    ``u_init=jlstm.init.Uniform(2 ** (1 / T))``.
 
     Attributes:
-      hidden_size: ``H``.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
       activation: ``jax.nn.relu``, ``jlstm.tanh``, or any module-level function or
         frozen dataclass that is called with an array ``[..., H]``.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``.
-      u_init: initialiser of ``u``.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``; see :mod:`jlstm.init`.
+      u_init: initialiser of ``u``; its absolute values say how long units remember.
       b_init: initialiser of ``b``.
 
     Example:

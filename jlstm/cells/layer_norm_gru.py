@@ -21,15 +21,25 @@ from jlstm.types import (
 
 @struct.dataclass
 class LayerNormGRUParams:
-    """Weights of a normalised GRU; gates in the order r, z, n."""
+    """Weights of a normalised GRU; gates stand in the order r, z, n.
 
-    w_ih: Array  # [D, 3H]
-    w_hh: Array  # [H, 3H]
-    b: Array  # [3H]
-    b_hh: Array  # [H], inside r * (.)
-    gamma_x: Array  # [3H], the scale of x @ w_ih
-    gamma_h: Array  # [3H], that of h @ w_hh
-    h0: Array | None = None  # [H], the learned fresh carry
+    Attributes:
+      w_ih: input weights, ``[D, 3H]``.
+      w_hh: recurrent weights, ``[H, 3H]``.
+      b: biases, ``[3H]``.
+      b_hh: biases of the candidate's recurrent part, inside the reset gate, ``[H]``.
+      gamma_x: the scale of the normalised ``x @ w_ih``, ``[3H]``.
+      gamma_h: the scale of the normalised ``h @ w_hh``, ``[3H]``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
+    b_hh: Array
+    gamma_x: Array
+    gamma_h: Array
+    h0: Array | None = None
 
 
 def layer_norm_gru_project(params: LayerNormGRUParams, x: Array) -> Array:
@@ -68,17 +78,18 @@ def layer_norm_gru_step(
         n &= \tanh(v^n + r \odot (u^n + b_{hh})) \\
         h' &= (1 - z) \odot n + z \odot h
 
-    with :math:`N` as in :func:`jlstm.cells.layer_norm_lstm_step`, over all three gates
-    together, where the paper normalises those of n apart.
+    with :math:`N` as in :func:`jlstm.cells.layer_norm_lstm_step`. It normalises all
+    three gates together; the paper normalises the candidate n apart from the two gates.
 
     Args:
-      params: ``w_ih [D, 3H]``, ``w_hh [H, 3H]``, ``b``, ``gamma_x`` and ``gamma_h``
-        ``[3H]``, ``b_hh [H]``.
-      carry: ``h`` of the step before, ``[..., H]``.
+      params: the weights ``w_ih [D, 3H]``, ``w_hh [H, 3H]``, ``b``, ``gamma_x`` and
+        ``gamma_h`` ``[3H]``, ``b_hh [H]``.
+      carry: ``h`` after the step before, ``[..., H]``.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.LayerNormGRU(8), jnp.ones((2, 3))
@@ -97,16 +108,19 @@ def layer_norm_gru_step(
 
 @config
 class LayerNormGRU:
-    """Normalised GRU; see :func:`jlstm.cells.layer_norm_gru_step` for the formula.
+    """Normalised GRU; :func:`jlstm.cells.layer_norm_gru_step` has the formula.
 
-    Of inputs that begin with zeros, see :class:`jlstm.LayerNormLSTM`.
+    Sequences that begin with zeros need the care that :class:`jlstm.LayerNormLSTM`
+    describes.
 
     Attributes:
-      hidden_size: ``H``.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, gate by gate.
-      gamma_init: initialiser of the scales.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate.
+      gamma_init: initialiser of the two scales.
       b_init: initialiser of the biases.
 
     Example:

@@ -21,17 +21,29 @@ from jlstm.types import (
 
 @struct.dataclass
 class LayerNormLSTMParams:
-    """Weights of a normalised LSTM; gates in the order i, f, g, o."""
+    """Weights of a normalised LSTM; gates stand in the order i, f, g, o.
 
-    w_ih: Array  # [D, 4H]
-    w_hh: Array  # [H, 4H]
-    b: Array  # [4H]
-    gamma_x: Array  # [4H], the scale of x @ w_ih
-    gamma_h: Array  # [4H], that of h @ w_hh
-    gamma_c: Array  # [H], that of the cell state
-    beta_c: Array  # [H], its shift
-    h0: Array | None = None  # [H], the learned fresh carry
-    c0: Array | None = None  # [H]
+    Attributes:
+      w_ih: input weights, ``[D, 4H]``.
+      w_hh: recurrent weights, ``[H, 4H]``.
+      b: biases, ``[4H]``.
+      gamma_x: the scale of the normalised ``x @ w_ih``, ``[4H]``.
+      gamma_h: the scale of the normalised ``h @ w_hh``, ``[4H]``.
+      gamma_c: the scale of the normalised memory, ``[H]``.
+      beta_c: the shift of the normalised memory, ``[H]``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+      c0: the learned fresh ``c``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
+    gamma_x: Array
+    gamma_h: Array
+    gamma_c: Array
+    beta_c: Array
+    h0: Array | None = None
+    c0: Array | None = None
 
 
 def layer_norm_lstm_project(params: LayerNormLSTMParams, x: Array) -> Array:
@@ -68,16 +80,18 @@ def layer_norm_lstm_step(
         c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
         h' &= \sigma(o) \odot \tanh(N(c'; \gamma_c) + \beta_c)
 
-    with the mean and the variance of all four gates together.
+    where :math:`\mu` and :math:`\sigma^2` are the mean and the variance of all four
+    gates together. The other letters mean what they mean in :func:`jlstm.lstm_step`.
 
     Args:
-      params: ``w_ih [D, 4H]``, ``w_hh [H, 4H]``, ``b``, ``gamma_x`` and ``gamma_h``
-        ``[4H]``, ``gamma_c`` and ``beta_c`` ``[H]``.
-      carry: ``h`` and ``c`` of the step before, ``[..., H]`` each.
+      params: the weights ``w_ih [D, 4H]``, ``w_hh [H, 4H]``, ``b``, ``gamma_x`` and
+        ``gamma_h`` ``[4H]``, ``gamma_c`` and ``beta_c`` ``[H]``.
+      carry: ``h`` and ``c`` after the step before, ``[..., H]`` each.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.LayerNormLSTM(8), jnp.ones((2, 3))
@@ -96,20 +110,27 @@ def layer_norm_lstm_step(
 
 @config
 class LayerNormLSTM:
-    """Normalised LSTM; see :func:`jlstm.cells.layer_norm_lstm_step` for the formula.
+    """Normalised LSTM; :func:`jlstm.cells.layer_norm_lstm_step` has the formula.
 
-    Where inputs, carry and biases are all zero, each step multiplies gradients by
-    hundreds or more, since it divides by the root of :math:`10^{-5}`; ten such steps
-    overflow. Mask them, or give ``b_init=jlstm.init.Normal(0.1)``.
+    It is steadier than an LSTM where inputs vary much in size.
+
+    Take care of sequences that begin with zeros. While inputs, carry and biases are all
+    zero, a step divides by the square root of :math:`10^{-5}`, which multiplies
+    gradients by hundreds or more, and ten such steps overflow. Mask these steps, or
+    give ``b_init=jlstm.init.Normal(0.1)``.
 
     Attributes:
-      hidden_size: ``H``.
-      forget_bias: added to the forget gate's bias at init.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, gate by gate.
-      gamma_init: initialiser of the scales.
-      b_init: initialiser of the biases, before ``forget_bias``, and of ``beta_c``.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
+      forget_bias: a number that ``init`` adds to the forget gate's bias; see
+        :class:`jlstm.LSTM`.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate.
+      gamma_init: initialiser of the three scales.
+      b_init: initialiser of the biases, to which ``forget_bias`` is then added, and of
+        ``beta_c``.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.LayerNormLSTM(8))

@@ -1,4 +1,4 @@
-"""The linear recurrent unit: a complex diagonal recurrence, kept as pairs of reals."""
+"""The linear recurrent unit: a complex diagonal recurrence, as pairs of reals."""
 
 from __future__ import annotations
 
@@ -17,25 +17,44 @@ from jlstm.types import Array, check_positive, common_dtype, config, float_dtype
 
 @struct.dataclass
 class LRUParams:
-    """Weights of an LRU with S complex states; real parts and imaginary parts."""
+    r"""Weights of an LRU with ``S`` complex states, as real and imaginary parts.
 
-    nu_log: Array  # [S]
-    theta_log: Array  # [S]
-    gamma_log: Array  # [S]
-    b_re: Array  # [D, S]
-    b_im: Array  # [D, S]
-    c_re: Array  # [S, H]
-    c_im: Array  # [S, H]
-    d: Array  # [D, H]
-    re: Array | None = None  # [S], the eigenvalues, made once a sequence
-    im: Array | None = None  # [S]
+    Attributes:
+      nu_log: :math:`\nu`, which sets the moduli of the eigenvalues, ``[S]``.
+      theta_log: :math:`\theta`, which sets their angles, ``[S]``.
+      gamma_log: :math:`\gamma`, which scales the input of each state, ``[S]``.
+      b_re: input weights :math:`B`, real parts, ``[D, S]``.
+      b_im: their imaginary parts, ``[D, S]``.
+      c_re: output weights :math:`C`, real parts, ``[S, H]``.
+      c_im: their imaginary parts, ``[S, H]``.
+      d: weights from the input to the output, ``[D, H]``.
+      re: the eigenvalues' real parts, ``[S]``, which are computed once a sequence;
+        ``None`` in what ``init`` makes.
+      im: their imaginary parts, ``[S]``.
+    """
+
+    nu_log: Array
+    theta_log: Array
+    gamma_log: Array
+    b_re: Array
+    b_im: Array
+    c_re: Array
+    c_im: Array
+    d: Array
+    re: Array | None = None
+    im: Array | None = None
 
 
 class LRUCarry(NamedTuple):
-    """Carry of an LRU, as reals: of complex numbers a dtype policy knows nothing."""
+    """Carry of an LRU, as two real arrays, since a dtype policy handles reals alone.
 
-    re: Array  # [..., S]
-    im: Array  # [..., S]
+    Attributes:
+      re: the real parts of the states, ``[..., S]``.
+      im: their imaginary parts, ``[..., S]``.
+    """
+
+    re: Array
+    im: Array
 
 
 def lru_eigenvalues(params: LRUParams) -> tuple[Array, Array]:
@@ -82,14 +101,20 @@ def lru_step(params: LRUParams, carry: LRUCarry, x: Array) -> tuple[LRUCarry, Ar
         s' &= \lambda \odot s + e^{\gamma} \odot (x B) \\
         y &= \mathrm{Re}(s' C) + x D
 
+    where :math:`\lambda` are the eigenvalues, one for each complex state in :math:`s`,
+    and :math:`i` is the imaginary unit. A modulus :math:`|\lambda|` near 1 remembers
+    for long, since a state is multiplied by it at each step.
+
     Args:
       params: ``nu_log``, ``theta_log`` and ``gamma_log`` ``[S]``, ``b_re`` and ``b_im``
-        ``[D, S]``, ``c_re`` and ``c_im`` ``[S, H]``, ``d [D, H]``.
-      carry: the real and the imaginary part of ``s``, ``[..., S]`` each.
+        ``[D, S]``, ``c_re`` and ``c_im`` ``[S, H]``, ``d [D, H]``; see
+        :class:`jlstm.cells.LRUParams`.
+      carry: the real and the imaginary part of :math:`s` after the step before,
+        ``[..., S]`` each.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
 
     Returns:
-      The new carry, and the output ``[..., H]``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``.
 
     Example:
       >>> cell, x = jlstm.LRU(8), jnp.ones((2, 3))
@@ -106,17 +131,28 @@ def lru_step(params: LRUParams, carry: LRUCarry, x: Array) -> tuple[LRUCarry, Ar
 
 @config
 class LRU:
-    r"""A linear recurrent unit; see :func:`jlstm.cells.lru_step` for the formula.
+    r"""A linear recurrent unit; :func:`jlstm.cells.lru_step` has the formula.
 
-    At init :math:`\lambda` is uniform in a ring of the complex plane, and
-    :math:`e^\gamma = \sqrt{1 - |\lambda|^2}`.
+    It forgets at fixed rates, which do not depend on the input: ``init`` draws
+    :math:`\lambda` uniformly from a ring of the complex plane, and sets
+    :math:`e^\gamma = \sqrt{1 - |\lambda|^2}`. A unit of modulus r keeps the fraction
+    :math:`r^t` after t steps. For very long sequences, use it in a stack with layers
+    between that are not linear. All steps can be computed at once, with
+    ``RNN(cell, implementation="associative")``.
 
     Attributes:
       hidden_size: ``H``, the size of the output.
-      state_size: ``S``, the number of complex states; ``H`` if ``None``.
-      r_min: the inner radius of the ring.
+      state_size: ``S``, the number of complex states; ``None``, the default, means
+        ``H``.
+      r_min: the inner radius of the ring, 0 or more. Raise it to remember for longer:
+        with 0.99, half of a state is left after about 70 steps.
       r_max: the outer radius of the ring, at most 1.
-      max_phase: the largest angle; small ones make a long memory easier to learn.
+      max_phase: the largest angle of an eigenvalue, in radians; 2π, the default, is the
+        whole ring. A small one, such as 0.1, makes a long memory easier to learn.
+
+    Raises:
+      ValueError: on construction, unless ``0 <= r_min < r_max <= 1`` and
+        ``max_phase > 0``.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.LRU(8, state_size=16, r_min=0.9))

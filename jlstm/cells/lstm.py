@@ -25,21 +25,35 @@ from jlstm.types import (
 
 @struct.dataclass
 class LSTMParams:
-    """Weights of an LSTM; gates in the order i, f, g, o."""
+    """Weights of an LSTM; gates stand in the order i, f, g, o.
 
-    w_ih: Array  # [D, 4H]
-    w_hh: Array  # [H, 4H]
-    b: Array  # [4H]
-    b_hh: Array | None = None  # [4H], the second bias
-    h0: Array | None = None  # [H], the learned fresh carry
-    c0: Array | None = None  # [H]
+    Attributes:
+      w_ih: input weights, ``[D, 4H]``.
+      w_hh: recurrent weights, ``[H, 4H]``.
+      b: biases, ``[4H]``.
+      b_hh: second biases, ``[4H]``; ``None`` without ``double_bias``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+      c0: the learned fresh ``c``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
+    b_hh: Array | None = None
+    h0: Array | None = None
+    c0: Array | None = None
 
 
 class LSTMCarry(NamedTuple):
-    """Carry of an LSTM."""
+    """Carry of an LSTM.
 
-    h: Array  # [..., H]
-    c: Array  # [..., H]
+    Attributes:
+      h: the output of the step, ``[..., H]``.
+      c: the memory, also called the cell state, ``[..., H]``.
+    """
+
+    h: Array
+    c: Array
 
 
 def lstm_project(params: LSTMParams, x: Array) -> Array:
@@ -84,15 +98,22 @@ def lstm_step(
         c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
         h' &= \sigma(o) \odot \tanh(c')
 
+    where a prime marks what is new. The letters :math:`i, f, g, o` are pre-activations:
+    the input gate :math:`\sigma(i)` says what is written to the memory, the forget gate
+    :math:`\sigma(f)` what is kept of it and the output gate :math:`\sigma(o)` what is
+    shown; :math:`\tanh(g)` is the candidate that is written.
+
     Args:
-      params: ``w_ih [D, 4H]``, ``w_hh [H, 4H]``, ``b [4H]``.
-      carry: ``h`` and ``c`` of the step before, ``[..., H]`` each.
+      params: the weights ``w_ih [D, 4H]``, ``w_hh [H, 4H]`` and ``b [4H]``; see
+        :class:`jlstm.LSTMParams`.
+      carry: ``h`` and ``c`` after the step before, ``[..., H]`` each.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
-      activation: replaces both tanh.
-      gate_activation: replaces the sigmoids.
+      activation: a function in the place of both tanh.
+      gate_activation: a function in the place of the sigmoids.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, xs = jlstm.LSTM(8), jnp.ones((5, 2, 3))  # time-major
@@ -112,20 +133,32 @@ def lstm_step(
 
 @config
 class LSTM:
-    """Long short-term memory; see :func:`jlstm.lstm_step` for the formula.
+    """Long short-term memory; :func:`jlstm.lstm_step` has the formula.
+
+    It is the cell to begin with. Its memory ``c`` is a sum, along which gradients reach
+    further back than in a simple network.
 
     Attributes:
-      hidden_size: ``H``.
-      forget_bias: added to the forget gate's bias at init (Jozefowicz et al., 2015),
-        or ``jlstm.init.Chrono(max_time)``, which sets the input gate's bias too.
-      activation: of the candidate and of the memory; any module-level function.
-      gate_activation: of the three gates.
-      double_bias: adds a second bias, as PyTorch has it; the function is the same, but
-        an optimizer moves the sum of the two twice as far.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, gate by gate.
-      b_init: initialiser of the biases, before ``forget_bias``.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
+      forget_bias: a number that ``init`` adds to the forget gate's bias, so that a new
+        LSTM remembers (Jozefowicz et al., 2015). While inputs are small, the memory
+        keeps the fraction ``sigmoid(forget_bias)`` of itself at each step: 0.5 for 0,
+        0.73 for 1, 0.95 for 3. For long dependencies, ``jlstm.init.Chrono(max_time)``
+        gives each unit a bias of its own, and sets the input gate's bias too.
+      activation: the function of the candidate and of the memory, any module-level
+        function of an array. With another than tanh the native loop cannot run, and the
+        fused one does.
+      gate_activation: the function of the three gates; the same holds for another than
+        the sigmoid.
+      double_bias: adds a second bias, as PyTorch has it. The formula stays the same,
+        but an optimizer that follows the gradient moves the sum of two biases twice as
+        far.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate.
+      b_init: initialiser of the biases, to which ``forget_bias`` is then added.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.LSTM(8))

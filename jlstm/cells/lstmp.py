@@ -1,4 +1,4 @@
-"""LSTM that hands on a projection of its output."""
+"""LSTM whose output is projected to a smaller size before it is carried on."""
 
 from __future__ import annotations
 
@@ -16,22 +16,37 @@ from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
 @struct.dataclass
 class LSTMPParams:
-    """Weights of an LSTM with projection to ``P``; gates in the order i, f, g, o."""
+    """Weights of an LSTM with projection to size ``P``; gates in the order i, f, g, o.
 
-    w_ih: Array  # [D, 4H]
-    w_hh: Array  # [P, 4H]
-    w_hr: Array  # [H, P], the projection
-    b: Array  # [4H]
-    b_hh: Array | None = None  # [4H], the second bias
-    h0: Array | None = None  # [P], the learned fresh carry
-    c0: Array | None = None  # [H]
+    Attributes:
+      w_ih: input weights, ``[D, 4H]``.
+      w_hh: recurrent weights, ``[P, 4H]``.
+      w_hr: the projection, ``[H, P]``.
+      b: biases, ``[4H]``.
+      b_hh: second biases, ``[4H]``; ``None`` without ``double_bias``.
+      h0: the learned fresh ``h``, ``[P]``; ``None`` without ``learned_carry``.
+      c0: the learned fresh ``c``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    w_hr: Array
+    b: Array
+    b_hh: Array | None = None
+    h0: Array | None = None
+    c0: Array | None = None
 
 
 class LSTMPCarry(NamedTuple):
-    """Carry of an LSTM with projection."""
+    """Carry of an LSTM with projection.
 
-    h: Array  # [..., P]
-    c: Array  # [..., H]
+    Attributes:
+      h: the projected output of the step, ``[..., P]``.
+      c: the memory, ``[..., H]``.
+    """
+
+    h: Array
+    c: Array
 
 
 def lstmp_project(params: LSTMPParams, x: Array) -> Array:
@@ -82,15 +97,20 @@ def lstmp_step(
         c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
         h' &= (\sigma(o) \odot \tanh(c')) W_{hr}
 
+    The letters mean what they mean in :func:`jlstm.lstm_step`.
+
     Args:
-      params: ``w_ih [D, 4H]``, ``w_hh [P, 4H]``, ``w_hr [H, P]``, ``b [4H]``.
-      carry: ``h [..., P]`` and ``c [..., H]`` of the step before.
+      params: the weights ``w_ih [D, 4H]``, ``w_hh [P, 4H]``, ``w_hr [H, P]`` and
+        ``b [4H]``; see :class:`jlstm.cells.LSTMPParams`.
+      carry: ``h [..., P]`` and ``c [..., H]`` after the step before.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
-      cell_clip: clips :math:`c'` to within this of zero.
-      proj_clip: clips :math:`h'` to within this of zero.
+      cell_clip: a limit ``l``: :math:`c'` is clipped to ``[-l, l]``; ``None`` does not
+        clip.
+      proj_clip: the same for :math:`h'`.
 
     Returns:
-      The new carry, and the output ``[..., P]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., P]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.LSTMP(8, proj_size=4), jnp.ones((2, 3))
@@ -111,20 +131,28 @@ def lstmp_step(
 
 @config
 class LSTMP:
-    """LSTM with projection; see :func:`jlstm.cells.lstmp_step` for the formula.
+    """LSTM with projection; :func:`jlstm.cells.lstmp_step` has the formula.
+
+    It pairs a large memory with a small recurrent product, ``P x 4H`` in the place of
+    ``H x 4H``.
 
     Attributes:
-      hidden_size: ``H``.
-      proj_size: ``P``, the size of ``h`` and of the outputs, as in PyTorch.
-      cell_clip: clips the cell state to within this of zero.
-      proj_clip: clips the output, which is what the next step sees, in the same way.
-      forget_bias: added to the forget gate's bias at init.
+      hidden_size: ``H``, the number of units of the memory ``c``.
+      proj_size: ``P``, the size of ``h`` and of the output, usually less than ``H``.
+        PyTorch's ``proj_size`` is the same.
+      cell_clip: a limit ``l``, positive: the memory is clipped to ``[-l, l]`` at each
+        step. ``None``, the default, does not clip.
+      proj_clip: the same for the output, which is what the next step sees.
+      forget_bias: a number that ``init`` adds to the forget gate's bias; see
+        :class:`jlstm.LSTM`.
       double_bias: adds a second bias, as PyTorch has it.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, gate by gate.
-      w_hr_init: initialiser of the projection.
-      b_init: initialiser of the biases, before ``forget_bias``.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate.
+      w_hr_init: initialiser of the projection ``w_hr``.
+      b_init: initialiser of the biases, to which ``forget_bias`` is then added.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.LSTMP(8, proj_size=4))

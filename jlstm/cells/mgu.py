@@ -1,4 +1,4 @@
-"""Minimal gated unit: one gate that resets and updates."""
+"""Minimal gated unit: one gate both resets and updates."""
 
 from __future__ import annotations
 
@@ -16,19 +16,32 @@ from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
 @struct.dataclass
 class MGUParams:
-    """Weights of a minimal gated unit; gates in the order f, n."""
+    """Weights of a minimal gated unit; gates stand in the order f, n.
 
-    w_ih: Array  # [D, 2H]
-    w_hh: Array  # [H, 2H]
-    b: Array  # [2H]
-    b_hh: Array | None = None  # [H], inside f * (.), of the form with one product
-    h0: Array | None = None  # [H], the learned fresh carry
+    Attributes:
+      w_ih: input weights, ``[D, 2H]``.
+      w_hh: recurrent weights, ``[H, 2H]``.
+      b: biases, ``[2H]``.
+      b_hh: biases of the candidate's recurrent part, inside the gate, ``[H]``; ``None``
+        without ``reset_after``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
+    b_hh: Array | None = None
+    h0: Array | None = None
 
 
 class MGUCarry(NamedTuple):
-    """Carry of a minimal gated unit."""
+    """Carry of a minimal gated unit.
 
-    h: Array  # [..., H]
+    Attributes:
+      h: memory and output in one, ``[..., H]``.
+    """
+
+    h: Array
 
 
 def mgu_project(params: MGUParams, x: Array) -> Array:
@@ -63,13 +76,17 @@ def mgu_step(params: MGUParams, carry: MGUCarry, x: Array) -> tuple[MGUCarry, Ar
         n &= \tanh(x W_{ih}^n + (f \odot h) W_{hh}^n + b^n) \\
         h' &= (1 - f) \odot h + f \odot n
 
+    where :math:`f` is the gate and :math:`n` the candidate: the larger :math:`f`, the
+    more of :math:`h` is replaced.
+
     Args:
-      params: ``w_ih [D, 2H]``, ``w_hh [H, 2H]``, ``b [2H]``.
-      carry: ``h`` of the step before, ``[..., H]``.
+      params: the weights ``w_ih [D, 2H]``, ``w_hh [H, 2H]`` and ``b [2H]``.
+      carry: ``h`` after the step before, ``[..., H]``.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.MGU(8), jnp.ones((2, 3))
@@ -115,8 +132,9 @@ def mgu_reset_after_step(
         n &= \tanh(x W_{ih}^n + b^n + f \odot (h W_{hh}^n + b_{hh}^n)) \\
         h' &= (1 - f) \odot n + f \odot h
 
-    This is Flax's form. Here :math:`f` keeps :math:`h`, which :math:`1 - f` does in
-    :func:`mgu_step`. Args and results are those of that function, with ``b_hh [H]``.
+    This is Flax's form. Here the larger :math:`f`, the more of :math:`h` is kept, the
+    opposite of :func:`mgu_step`. Arguments and results are those of that function, with
+    ``b_hh [H]`` among the params.
 
     Example:
       >>> cell, x = jlstm.MGU(8, reset_after=True), jnp.ones((2, 3))
@@ -135,18 +153,24 @@ def mgu_reset_after_step(
 
 @config
 class MGU:
-    """Minimal gated unit; see :func:`jlstm.cells.mgu_step` for the formula.
+    """Minimal gated unit; :func:`jlstm.cells.mgu_step` has the formula.
+
+    It has one gate, and half of an LSTM's weights.
 
     Attributes:
-      hidden_size: ``H``.
-      reset_after: Flax's form, :func:`jlstm.cells.mgu_reset_after_step`: one recurrent
-        product, and a gate that keeps where the published one replaces.
-      forget_bias: added to the bias of ``f`` at init. Flax has 1. In the published form
-        a negative one remembers for longer.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, gate by gate.
-      b_init: initialiser of the biases, before ``forget_bias``.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
+      reset_after: true is Flax's form, :func:`jlstm.cells.mgu_reset_after_step`, with
+        one recurrent product a step instead of two, and with a gate that keeps where
+        the published one replaces.
+      forget_bias: a number that ``init`` adds to the bias of f. To remember for longer,
+        make it negative in the published form, and positive in Flax's form, where Flax
+        itself has 1.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate.
+      b_init: initialiser of the biases, to which ``forget_bias`` is then added.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.MGU(8))

@@ -1,4 +1,4 @@
-"""GRU without a recurrent product: its gate sees the input alone."""
+"""GRU without a recurrent product: its gate reads the input alone."""
 
 from __future__ import annotations
 
@@ -17,17 +17,27 @@ from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
 @struct.dataclass
 class MinGRUParams:
-    """Weights of a minGRU; gates in the order z, n."""
+    """Weights of a minGRU; gates stand in the order z, n.
 
-    w_ih: Array  # [D, 2H]
-    b: Array  # [2H]
-    h0: Array | None = None  # [H], the learned fresh carry
+    Attributes:
+      w_ih: input weights, ``[D, 2H]``.
+      b: biases, ``[2H]``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    b: Array
+    h0: Array | None = None
 
 
 class MinGRUCarry(NamedTuple):
-    """Carry of a minGRU."""
+    """Carry of a minGRU.
 
-    h: Array  # [..., H]
+    Attributes:
+      h: memory and output in one, ``[..., H]``.
+    """
+
+    h: Array
 
 
 def min_gru_project(params: MinGRUParams, x: Array) -> Array:
@@ -68,16 +78,19 @@ def min_gru_step(
         z &= \sigma(x W_{ih}^z + b^z), \qquad n = x W_{ih}^n + b^n \\
         h' &= (1 - z) \odot h + z \odot n
 
-    The gate is the complement of that of :func:`jlstm.gru_step`, as in the paper.
+    where :math:`z` is the gate and :math:`n` is the candidate. As in the paper, the
+    larger :math:`z`, the more of :math:`h` is replaced, the opposite of
+    :func:`jlstm.gru_step`.
 
     Args:
-      params: ``w_ih [D, 2H]``, ``b [2H]``.
-      carry: ``h`` of the step before, ``[..., H]``.
+      params: the weights ``w_ih [D, 2H]`` and ``b [2H]``.
+      carry: ``h`` after the step before, ``[..., H]``.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
-      activation: of the candidate ``n``.
+      activation: a function that is applied to the candidate :math:`n`.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.MinGRU(8), jnp.ones((2, 3))
@@ -95,15 +108,21 @@ def min_gru_step(
 
 @config
 class MinGRU:
-    """A minGRU; see :func:`jlstm.cells.min_gru_step` for the formula.
+    """A GRU linear in its carry; :func:`jlstm.cells.min_gru_step` has the formula.
+
+    Because its gate reads the input alone, all steps can be computed at once, with
+    ``RNN(cell, implementation="associative")``. For the same reason one layer cannot
+    let what it remembers decide what it takes in: use a stack.
 
     Attributes:
-      hidden_size: ``H``.
-      activation: of the candidate, which is linear unless given. With
-        ``jlstm.cells.positive`` it is that of the paper's log-space form, whose carry
-        stays positive.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
+      activation: the function of the candidate; the identity unless given. With
+        ``jlstm.cells.positive``, the carry stays positive, as in the paper's form in
+        log space.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
       b_init: initialiser of the biases.
 
     Example:

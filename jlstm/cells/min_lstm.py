@@ -1,4 +1,4 @@
-"""LSTM without a recurrent product: its gates see the input alone."""
+"""LSTM without a recurrent product: its gates read the input alone."""
 
 from __future__ import annotations
 
@@ -17,17 +17,27 @@ from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
 @struct.dataclass
 class MinLSTMParams:
-    """Weights of a minLSTM; gates in the order i, f, g."""
+    """Weights of a minLSTM; gates stand in the order i, f, g.
 
-    w_ih: Array  # [D, 3H]
-    b: Array  # [3H]
-    h0: Array | None = None  # [H], the learned fresh carry
+    Attributes:
+      w_ih: input weights, ``[D, 3H]``.
+      b: biases, ``[3H]``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    b: Array
+    h0: Array | None = None
 
 
 class MinLSTMCarry(NamedTuple):
-    """Carry of a minLSTM."""
+    """Carry of a minLSTM.
 
-    h: Array  # [..., H]
+    Attributes:
+      h: memory and output in one, ``[..., H]``.
+    """
+
+    h: Array
 
 
 def min_lstm_project(params: MinLSTMParams, x: Array) -> Array:
@@ -73,14 +83,18 @@ def min_lstm_step(
         g = x W_{ih}^g + b^g \\
         h' &= \frac{f}{f + i} \odot h + \frac{i}{f + i} \odot g
 
+    where :math:`i` and :math:`f` are the gates and :math:`g` is the candidate. Divided
+    by their sum, the two gates make :math:`h'` an average.
+
     Args:
-      params: ``w_ih [D, 3H]``, ``b [3H]``.
-      carry: ``h`` of the step before, ``[..., H]``.
+      params: the weights ``w_ih [D, 3H]`` and ``b [3H]``.
+      carry: ``h`` after the step before, ``[..., H]``.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
-      activation: of the candidate ``g``.
+      activation: a function that is applied to the candidate :math:`g`.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.MinLSTM(8), jnp.ones((2, 3))
@@ -98,17 +112,24 @@ def min_lstm_step(
 
 @config
 class MinLSTM:
-    """A minLSTM; see :func:`jlstm.cells.min_lstm_step` for the formula.
+    """An LSTM linear in its carry; :func:`jlstm.cells.min_lstm_step` has the formula.
+
+    Because its gates read the input alone, all steps can be computed at once, with
+    ``RNN(cell, implementation="associative")``. For the same reason one layer cannot
+    let what it remembers decide what it takes in: use a stack.
 
     Attributes:
-      hidden_size: ``H``.
-      activation: of the candidate, which is linear unless given. With
-        ``jlstm.cells.positive`` it is that of the paper's log-space form, whose carry
-        stays positive.
-      forget_bias: added to the forget gate's bias at init.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      b_init: initialiser of the biases, before ``forget_bias``.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
+      activation: the function of the candidate; the identity unless given. With
+        ``jlstm.cells.positive``, the carry stays positive, as in the paper's form in
+        log space.
+      forget_bias: a number that ``init`` adds to the forget gate's bias, so that more
+        is kept.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      b_init: initialiser of the biases, to which ``forget_bias`` is then added.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.MinLSTM(8))

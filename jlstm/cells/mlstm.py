@@ -28,18 +28,30 @@ NOTHING = -1e4
 
 @struct.dataclass
 class MLSTMParams:
-    """Weights of an mLSTM of N heads; parts in the order q, k, v, o, i, f."""
+    """Weights of an mLSTM of ``N`` heads; parts stand in the order q, k, v, o, i, f.
 
-    w_ih: Array  # [D, G], G = 2NK + 2H + 2N
-    b: Array  # [G]
+    Attributes:
+      w_ih: input weights, ``[D, G]`` with ``G = 2NK + 2H + 2N``: queries and keys of
+        size K, values, output gates, and two scalar gates for each head.
+      b: biases, ``[G]``.
+    """
+
+    w_ih: Array
+    b: Array
 
 
 class MLSTMCarry(NamedTuple):
-    """Carry of an mLSTM of N heads, keys of size K and values of size H/N."""
+    """Carry of an mLSTM of ``N`` heads, with keys of size ``K``, values of ``H/N``.
 
-    c: Array  # [..., N, K, H/N], the memory
-    n: Array  # [..., N, K], the sum of the keys in it
-    m: Array  # [..., N], by whose exponential c and n are divided
+    Attributes:
+      c: the memory divided by ``exp(m)``, a matrix for each head, ``[..., N, K, H/N]``.
+      n: the weighted sum of the keys in it, divided by ``exp(m)``, ``[..., N, K]``.
+      m: the logarithm of the scale of ``c`` and ``n``, ``[..., N]``.
+    """
+
+    c: Array
+    n: Array
+    m: Array
 
 
 class MLSTMGates(NamedTuple):
@@ -119,21 +131,24 @@ def mlstm_step(
         C' &= f C + i \, k^\top v, \qquad n' = f n + i \, k \\
         y &= \sigma(\tilde o) \odot \frac{q C'}{\max(|q \cdot n'|, 1)}
 
-    for each head. The carry has :math:`e^{-m} C` and :math:`e^{-m} n`, with
+    for each head. The memory :math:`C` stores the value :math:`v` under the key
+    :math:`k`, and the query :math:`q` reads it. So that no exponential overflows, the
+    carry holds :math:`e^{-m} C` and :math:`e^{-m} n` instead of :math:`C` and
+    :math:`n`, with
 
     .. math::
         m' = \max(\log f + m, \tilde i)
 
-    so that no exponential overflows.
-
     Args:
-      params: ``w_ih [D, G]`` and ``b [G]``.
-      carry: ``c [..., N, K, H/N]``, ``n [..., N, K]`` and ``m [..., N]``.
+      params: the weights ``w_ih [D, G]`` and ``b [G]``; see
+        :class:`jlstm.cells.MLSTMParams`.
+      carry: ``c [..., N, K, H/N]``, ``n [..., N, K]`` and ``m [..., N]`` after the step
+        before.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
-      exp_forget: makes the forget gate an exponential, not a sigmoid.
+      exp_forget: true makes the forget gate an exponential in the place of a sigmoid.
 
     Returns:
-      The new carry, and the output ``[..., H]``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``.
 
     Example:
       >>> cell, x = jlstm.MLSTM(8, num_heads=2), jnp.ones((2, 3))
@@ -151,16 +166,25 @@ def mlstm_step(
 
 @config
 class MLSTM:
-    """An mLSTM; see :func:`jlstm.cells.mlstm_step` for the formula.
+    """An LSTM with a matrix for memory; :func:`jlstm.cells.mlstm_step` has the formula.
+
+    Its gates read the input alone, so many steps can be computed at once: it runs by
+    ``"chunkwise"`` unless another implementation is named.
 
     Attributes:
-      hidden_size: ``H``.
-      num_heads: ``N``, memories apart.
-      key_size: ``K``, of the keys and queries of a head; ``H/N`` if ``None``.
-      exp_forget: makes the forget gate an exponential, not a sigmoid.
-      forget_bias: added to the forget gate's bias at init.
-      w_ih_init: initialiser of ``w_ih``, part by part.
-      b_init: initialiser of the biases, before ``forget_bias``.
+      hidden_size: ``H``, the size of the output, of all heads together.
+      num_heads: ``N``, which must divide ``H``. Each head has a memory of its own, a
+        matrix ``[K, H/N]``.
+      key_size: ``K``, the size of a head's keys and queries; ``None``, the default,
+        means ``H/N``. A larger one lets a head keep more values apart, and takes
+        proportionally more memory.
+      exp_forget: true makes the forget gate an exponential, false, the default, a
+        sigmoid. The paper allows both.
+      forget_bias: a number that ``init`` adds to the forget gate's bias; see
+        :class:`jlstm.LSTM`.
+      w_ih_init: initialiser of ``w_ih``, called once for each of the parts q, k, v, o,
+        i and f; see :mod:`jlstm.init`.
+      b_init: initialiser of the biases, to which ``forget_bias`` is then added.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.MLSTM(8, num_heads=2))
@@ -222,7 +246,7 @@ class MLSTM:
     def init_carry(
         self, params: MLSTMParams, batch_shape: tuple[int, ...]
     ) -> MLSTMCarry:
-        """Makes the fresh carry: zeros that weigh nothing."""
+        """Makes the fresh carry: an empty memory, whose weight is next to nothing."""
         sizes, dtype = self._sizes, params.b.dtype
         c, n, m = (
             jnp.zeros((*batch_shape, *sizes[:axes]), dtype) for axes in (3, 2, 1)

@@ -1,4 +1,4 @@
-"""GRU in heads: a head's recurrent weights meet its own ``h`` alone."""
+"""GRU in heads: the recurrent weights of a head see the ``h`` of that head alone."""
 
 from __future__ import annotations
 
@@ -30,13 +30,21 @@ from jlstm.types import (
 
 @struct.dataclass
 class MultiHeadGRUParams:
-    """Weights of a GRU of ``N`` heads; gates in the order r, z, n."""
+    """Weights of a GRU of ``N`` heads; gates stand in the order r, z, n.
 
-    w_ih: Array  # [D, 3H], in each gate head by head
-    w_hh: Array  # [N, H/N, 3H/N], in each head gate by gate
-    b: Array  # [3H]
-    b_hh: Array  # [H], inside r * (.)
-    h0: Array | None = None  # [H], the learned fresh carry
+    Attributes:
+      w_ih: input weights, ``[D, 3H]``; within each gate, head by head.
+      w_hh: recurrent weights, ``[N, H/N, 3H/N]``; within each head, gate by gate.
+      b: biases, ``[3H]``, in the order of ``w_ih``.
+      b_hh: biases of the candidate's recurrent part, inside the reset gate, ``[H]``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
+    b_hh: Array
+    h0: Array | None = None
 
 
 def multi_head_gru_project(params: MultiHeadGRUParams, x: Array) -> Array:
@@ -76,15 +84,19 @@ def multi_head_gru_step(
         n &= \tanh(x W_{ih}^n + b^n + r \odot (u^n + b_{hh})) \\
         h' &= (1 - z) \odot n + z \odot h
 
-    where :math:`h_n` are the ``H/N`` features of head n.
+    where :math:`h_n` are the ``H/N`` features of head n. The other letters mean what
+    they mean in :func:`jlstm.gru_step`. Heads do not see each other within a layer; the
+    next layer mixes them.
 
     Args:
-      params: ``w_ih [D, 3H]``, ``w_hh [N, H/N, 3H/N]``, ``b [3H]``, ``b_hh [H]``.
-      carry: ``h`` of the step before, ``[..., H]``.
+      params: the weights ``w_ih [D, 3H]``, ``w_hh [N, H/N, 3H/N]``, ``b [3H]`` and
+        ``b_hh [H]``, for ``N`` heads.
+      carry: ``h`` after the step before, ``[..., H]``.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.MultiHeadGRU(8, num_heads=2), jnp.ones((2, 3))
@@ -103,16 +115,20 @@ def multi_head_gru_step(
 
 @config
 class MultiHeadGRU:
-    """GRU in heads; see :func:`jlstm.cells.multi_head_gru_step` for the formula.
+    """GRU in heads; :func:`jlstm.cells.multi_head_gru_step` has the formula.
 
-    With one head, it is :class:`jlstm.GRU`.
+    It has an N-th of a GRU's recurrent weights and operations. With one head it
+    computes what :class:`jlstm.GRU` computes.
 
     Attributes:
-      hidden_size: ``H``, of all heads together.
-      num_heads: ``N``, which divides ``H``.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, head by head and gate by gate.
+      hidden_size: ``H``, the number of units of all heads together, which is also the
+        size of the output.
+      num_heads: ``N``, which must divide ``H``.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate of each head.
       b_init: initialiser of the biases.
 
     Example:

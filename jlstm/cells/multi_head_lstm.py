@@ -1,4 +1,4 @@
-"""LSTM in heads: a head's recurrent weights meet its own ``h`` alone."""
+"""LSTM in heads: the recurrent weights of a head see the ``h`` of that head alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,21 @@ from jlstm.types import (
 
 @struct.dataclass
 class MultiHeadLSTMParams:
-    """Weights of an LSTM of ``N`` heads; gates in the order i, f, g, o."""
+    """Weights of an LSTM of ``N`` heads; gates stand in the order i, f, g, o.
 
-    w_ih: Array  # [D, 4H], in each gate head by head
-    w_hh: Array  # [N, H/N, 4H/N], in each head gate by gate
-    b: Array  # [4H]
-    h0: Array | None = None  # [H], the learned fresh carry
-    c0: Array | None = None  # [H]
+    Attributes:
+      w_ih: input weights, ``[D, 4H]``; within each gate, head by head.
+      w_hh: recurrent weights, ``[N, H/N, 4H/N]``; within each head, gate by gate.
+      b: biases, ``[4H]``, in the order of ``w_ih``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+      c0: the learned fresh ``c``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
+    h0: Array | None = None
+    c0: Array | None = None
 
 
 def multi_head_lstm_project(params: MultiHeadLSTMParams, x: Array) -> Array:
@@ -65,16 +73,19 @@ def multi_head_lstm_step(
         c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
         h' &= \sigma(o) \odot \tanh(c')
 
-    where :math:`h_n` are the ``H/N`` features of head n, so that heads meet in the
-    layer above alone.
+    where :math:`h_n` are the ``H/N`` features of head n. The other letters mean what
+    they mean in :func:`jlstm.lstm_step`. Heads do not see each other within a layer;
+    the next layer mixes them.
 
     Args:
-      params: ``w_ih [D, 4H]``, ``w_hh [N, H/N, 4H/N]``, ``b [4H]``, for ``N`` heads.
-      carry: ``h`` and ``c`` of the step before, ``[..., H]`` each.
+      params: the weights ``w_ih [D, 4H]``, ``w_hh [N, H/N, 4H/N]`` and ``b [4H]``, for
+        ``N`` heads.
+      carry: ``h`` and ``c`` after the step before, ``[..., H]`` each.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.MultiHeadLSTM(8, num_heads=2), jnp.ones((2, 3))
@@ -93,18 +104,23 @@ def multi_head_lstm_step(
 
 @config
 class MultiHeadLSTM:
-    """LSTM in heads; see :func:`jlstm.cells.multi_head_lstm_step` for the formula.
+    """LSTM in heads; :func:`jlstm.cells.multi_head_lstm_step` has the formula.
 
-    With one head, it is :class:`jlstm.LSTM`.
+    It has an N-th of an LSTM's recurrent weights and operations. With one head it
+    computes what :class:`jlstm.LSTM` computes.
 
     Attributes:
-      hidden_size: ``H``, of all heads together.
-      num_heads: ``N``, which divides ``H``.
-      forget_bias: added to the forget gate's bias at init.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, head by head and gate by gate.
-      b_init: initialiser of the biases, before ``forget_bias``.
+      hidden_size: ``H``, the number of units of all heads together, which is also the
+        size of the output.
+      num_heads: ``N``, which must divide ``H``.
+      forget_bias: a number that ``init`` adds to the forget gate's bias; see
+        :class:`jlstm.LSTM`.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate of each head.
+      b_init: initialiser of the biases, to which ``forget_bias`` is then added.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.MultiHeadLSTM(8, num_heads=2))

@@ -16,23 +16,39 @@ from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
 @struct.dataclass
 class PeepholeLSTMParams:
-    """Weights of an LSTM with peepholes; gates in the order i, f, g, o."""
+    """Weights of an LSTM with peepholes; gates stand in the order i, f, g, o.
 
-    w_ih: Array  # [D, 4H]
-    w_hh: Array  # [H, 4H]
-    b: Array  # [4H]
-    w_ci: Array  # [H], the peephole of i
-    w_cf: Array  # [H]
-    w_co: Array  # [H]
-    h0: Array | None = None  # [H], the learned fresh carry
-    c0: Array | None = None  # [H]
+    Attributes:
+      w_ih: input weights, ``[D, 4H]``.
+      w_hh: recurrent weights, ``[H, 4H]``.
+      b: biases, ``[4H]``.
+      w_ci: peephole of the input gate, ``[H]``: each unit sees its own memory.
+      w_cf: peephole of the forget gate, ``[H]``.
+      w_co: peephole of the output gate, ``[H]``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+      c0: the learned fresh ``c``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
+    w_ci: Array
+    w_cf: Array
+    w_co: Array
+    h0: Array | None = None
+    c0: Array | None = None
 
 
 class PeepholeLSTMCarry(NamedTuple):
-    """Carry of an LSTM with peepholes."""
+    """Carry of an LSTM with peepholes.
 
-    h: Array  # [..., H]
-    c: Array  # [..., H]
+    Attributes:
+      h: the output of the step, ``[..., H]``.
+      c: the memory, ``[..., H]``.
+    """
+
+    h: Array
+    c: Array
 
 
 def peephole_lstm_project(params: PeepholeLSTMParams, x: Array) -> Array:
@@ -69,18 +85,22 @@ def peephole_lstm_step(
 
     .. math::
         i, f, g, o &= x W_{ih} + h W_{hh} + b \\
-        c' &= \sigma(f + w_f \odot c) \odot c
-            + \sigma(i + w_i \odot c) \odot \tanh(g) \\
-        h' &= \sigma(o + w_o \odot c') \odot \tanh(c')
+        c' &= \sigma(f + w_{cf} \odot c) \odot c
+            + \sigma(i + w_{ci} \odot c) \odot \tanh(g) \\
+        h' &= \sigma(o + w_{co} \odot c') \odot \tanh(c')
+
+    The letters mean what they mean in :func:`jlstm.lstm_step`. The output gate sees the
+    new memory, the other two see the old one.
 
     Args:
-      params: ``w_ih [D, 4H]``, ``w_hh [H, 4H]``, ``b [4H]``, and the peepholes
-        ``w_ci``, ``w_cf``, ``w_co``, ``[H]`` each.
-      carry: ``h`` and ``c`` of the step before, ``[..., H]`` each.
+      params: the weights ``w_ih [D, 4H]``, ``w_hh [H, 4H]``, ``b [4H]``, and the
+        peepholes ``w_ci``, ``w_cf`` and ``w_co``, ``[H]`` each.
+      carry: ``h`` and ``c`` after the step before, ``[..., H]`` each.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.PeepholeLSTM(8), jnp.ones((2, 3))
@@ -98,16 +118,23 @@ def peephole_lstm_step(
 
 @config
 class PeepholeLSTM:
-    """LSTM with peepholes; see :func:`jlstm.cells.peephole_lstm_step` for the formula.
+    """LSTM with peepholes; :func:`jlstm.cells.peephole_lstm_step` has the formula.
+
+    Its gates see the memory even while the output gate is shut. It was made for tasks
+    that need precise timing.
 
     Attributes:
-      hidden_size: ``H``.
-      forget_bias: added to the forget gate's bias at init.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, gate by gate.
-      w_c_init: initialiser of the peepholes.
-      b_init: initialiser of the biases, before ``forget_bias``.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
+      forget_bias: a number that ``init`` adds to the forget gate's bias; see
+        :class:`jlstm.LSTM`.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate.
+      w_c_init: initialiser of the three peepholes ``[H]``. With zeros, the default, the
+        cell begins as an LSTM.
+      b_init: initialiser of the biases, to which ``forget_bias`` is then added.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.PeepholeLSTM(8))

@@ -1,4 +1,4 @@
-"""The sLSTM: exponential gates, a normaliser, and heads that mix apart."""
+"""The sLSTM: exponential gates, a normaliser, and heads that do not see each other."""
 
 from __future__ import annotations
 
@@ -23,20 +23,33 @@ from jlstm.types import (
 
 @struct.dataclass
 class SLSTMParams:
-    """Weights of an sLSTM of N heads; gates in the order i, f, z, o."""
+    """Weights of an sLSTM of ``N`` heads; gates stand in the order i, f, z, o.
 
-    w_ih: Array  # [D, 4H]
-    w_hh: Array  # [N, H/N, 4H/N]
-    b: Array  # [4H]
+    Attributes:
+      w_ih: input weights, ``[D, 4H]``; within each gate, head by head.
+      w_hh: recurrent weights, ``[N, H/N, 4H/N]``; within each head, gate by gate.
+      b: biases, ``[4H]``, in the order of ``w_ih``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
 
 
 class SLSTMCarry(NamedTuple):
-    """Carry of an sLSTM; where ``n`` is 0, nothing has been seen."""
+    """Carry of an sLSTM; where ``n`` is 0, nothing has been seen yet.
 
-    h: Array  # [..., H]
-    c: Array  # [..., H]
-    n: Array  # [..., H], the sum of the weights that c has
-    m: Array  # [..., H], by whose exponential c and n are divided
+    Attributes:
+      h: the output of the step, ``[..., H]``.
+      c: the memory divided by ``exp(m)``, ``[..., H]``: a weighted sum of candidates.
+      n: the sum of their weights divided by ``exp(m)``, ``[..., H]``.
+      m: the logarithm of the scale of ``c`` and ``n``, ``[..., H]``.
+    """
+
+    h: Array
+    c: Array
+    n: Array
+    m: Array
 
 
 def slstm_project(params: SLSTMParams, x: Array) -> Array:
@@ -82,22 +95,26 @@ def slstm_step(
         c' &= f \odot c + i \odot \tanh(\tilde z), \qquad n' = f \odot n + i \\
         h' &= \sigma(\tilde o) \odot c' / n'
 
-    where :math:`W_{hh}` is block-diagonal, a block a head. The carry has
-    :math:`e^{-m} c` and :math:`e^{-m} n`, with
+    where :math:`W_{hh}` is block-diagonal, with one block for each head, and
+    :math:`\tanh(\tilde z)` is the candidate. An exponential input gate can outweigh
+    everything that came before. So that no exponential overflows, the carry holds
+    :math:`e^{-m} c` and :math:`e^{-m} n` instead of :math:`c` and :math:`n`, with
 
     .. math::
         m' = \max(\log f + m, \tilde i)
 
-    so that no exponential overflows; before the first step :math:`m' = \tilde i`.
+    and :math:`m' = \tilde i` at the first step.
 
     Args:
-      params: ``w_ih [D, 4H]``, ``w_hh [N, H/N, 4H/N]``, ``b [4H]``.
-      carry: ``h``, ``c``, ``n`` and ``m`` of the step before, ``[..., H]`` each.
+      params: the weights ``w_ih [D, 4H]``, ``w_hh [N, H/N, 4H/N]`` and ``b [4H]``, for
+        ``N`` heads.
+      carry: ``h``, ``c``, ``n`` and ``m`` after the step before, ``[..., H]`` each.
       x: input at this step, ``[..., D]``; leading dimensions are batch dimensions.
-      exp_forget: makes the forget gate an exponential, not a sigmoid.
+      exp_forget: true makes the forget gate an exponential in the place of a sigmoid.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, x = jlstm.SLSTM(8, num_heads=2), jnp.ones((2, 3))
@@ -115,16 +132,23 @@ def slstm_step(
 
 @config
 class SLSTM:
-    """An sLSTM; see :func:`jlstm.cells.slstm_step` for the formula.
+    """An LSTM with exponential gates; :func:`jlstm.cells.slstm_step` has the formula.
+
+    A single step can outweigh all that came before it, and so revise what is stored.
 
     Attributes:
-      hidden_size: ``H``.
-      num_heads: ``N``, parts of ``h`` between which nothing is mixed.
-      exp_forget: makes the forget gate an exponential, not a sigmoid.
-      forget_bias: added to the forget gate's bias at init.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, head by head and gate by gate.
-      b_init: initialiser of the biases, before ``forget_bias``.
+      hidden_size: ``H``, the number of units of all heads together, which is also the
+        size of the output.
+      num_heads: ``N``, which must divide ``H``. Units see the ``h`` of their own head
+        alone; more heads mean fewer recurrent weights.
+      exp_forget: true makes the forget gate an exponential, false, the default, a
+        sigmoid. The paper allows both.
+      forget_bias: a number that ``init`` adds to the forget gate's bias; see
+        :class:`jlstm.LSTM`.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate of each head.
+      b_init: initialiser of the biases, to which ``forget_bias`` is then added.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.SLSTM(8, num_heads=2))

@@ -1,4 +1,4 @@
-"""LSTM for steps at irregular times, which discounts its memory by the time between."""
+"""LSTM for steps at irregular times, whose memory fades with the time between them."""
 
 from __future__ import annotations
 
@@ -18,36 +18,67 @@ from jlstm.types import Array, Initializer, check_positive, config, float_dtype
 
 
 class TimeLSTMInput(NamedTuple):
-    """Input of a time-aware LSTM."""
+    """Input of a time-aware LSTM.
 
-    x: Array  # [..., D]
-    elapsed: Array  # [...] or [..., 1], time since the step before, 0 or more
+    Attributes:
+      x: the input, ``[..., D]``.
+      elapsed: the time since the step before, 0 or more, ``[...]`` or ``[..., 1]``; its
+        unit decides how fast memory fades, see :class:`jlstm.TimeLSTM`.
+    """
+
+    x: Array
+    elapsed: Array
 
 
 @struct.dataclass
 class TimeLSTMParams:
-    """Weights of a time-aware LSTM; gates in the order i, f, g, o."""
+    """Weights of a time-aware LSTM; gates stand in the order i, f, g, o.
 
-    w_ih: Array  # [D, 4H]
-    w_hh: Array  # [H, 4H]
-    b: Array  # [4H]
-    w_d: Array  # [H, H], of the short-term memory
-    b_d: Array  # [H]
-    h0: Array | None = None  # [H], the learned fresh carry
-    c0: Array | None = None  # [H]
+    Attributes:
+      w_ih: input weights, ``[D, 4H]``.
+      w_hh: recurrent weights, ``[H, 4H]``.
+      b: biases, ``[4H]``.
+      w_d: weights that take the short-term part out of the memory, ``[H, H]``.
+      b_d: their biases, ``[H]``.
+      h0: the learned fresh ``h``, ``[H]``; ``None`` without ``learned_carry``.
+      c0: the learned fresh ``c``, ``[H]``; ``None`` without ``learned_carry``.
+    """
+
+    w_ih: Array
+    w_hh: Array
+    b: Array
+    w_d: Array
+    b_d: Array
+    h0: Array | None = None
+    c0: Array | None = None
 
 
 def inverse_log(elapsed: Array) -> Array:
-    r"""Decays from 1 as :math:`1 / \log(e + t)`; for times of many units."""
+    r"""Decays from 1 as :math:`1 / \log(e + t)`, slowly: for times of many units.
+
+    Args:
+      elapsed: times ``t`` of any shape; negative ones count as 0.
+
+    Example:
+      >>> float(jlstm.cells.inverse_log(jnp.array(0.0)))
+      1.0
+    """
     # log(e + t), and exactly 1 at 0.
     return 1 / (1 + jnp.log1p(jnp.maximum(elapsed, 0) / math.e))
 
 
 def inverse(elapsed: Array) -> Array:
-    r"""Decays as :math:`1 / \max(t, 1)`; for times of few units.
+    r"""Decays from 1 as :math:`1 / \max(t, 1)`, fast: for times of few units.
 
-    The paper's :math:`1 / t` would amplify memory over less than a unit of time, and
-    has no value at 0.
+    The paper's :math:`1 / t` would amplify the memory for times below 1, and has no
+    value at 0.
+
+    Args:
+      elapsed: times ``t`` of any shape.
+
+    Example:
+      >>> jlstm.cells.inverse(jnp.array([0.0, 1.0, 4.0])).tolist()
+      [1.0, 1.0, 0.25]
     """
     return 1 / jnp.maximum(elapsed, 1)
 
@@ -76,7 +107,7 @@ def time_lstm_update(
     zx: tuple[Array, Array],
     zh: tuple[Array, Array],
 ) -> tuple[LSTMCarry, Array]:
-    """Discounts the short-term memory, and applies the gates to the sum."""
+    """Takes off what the short-term memory loses, and applies the gates."""
     kept = carry.c - tanh(zh[1]) * zx[1]
     return lstm_update(params, LSTMCarry(carry.h, kept), zx[0], zh[0])
 
@@ -91,22 +122,27 @@ def time_lstm_step(
 
     .. math::
         c_s &= \tanh(c W_d + b_d) \\
-        c^* &= (c - c_s) + c_s \odot g(\Delta t),
-            \qquad g(\Delta t) = 1 / \log(e + \Delta t) \\
+        c^* &= (c - c_s) + c_s \odot d(\Delta t),
+            \qquad d(\Delta t) = 1 / \log(e + \Delta t) \\
         i, f, g, o &= x W_{ih} + h W_{hh} + b \\
         c' &= \sigma(f) \odot c^* + \sigma(i) \odot \tanh(g) \\
         h' &= \sigma(o) \odot \tanh(c')
 
+    where :math:`c_s` is the short-term part of the memory, which fades with the time
+    :math:`\Delta t` since the step before; the rest, :math:`c - c_s`, does not. The
+    other letters mean what they mean in :func:`jlstm.lstm_step`.
+
     Args:
-      params: ``w_ih [D, 4H]``, ``w_hh [H, 4H]``, ``b [4H]``, ``w_d [H, H]``,
-        ``b_d [H]``.
-      carry: ``h`` and ``c`` of the step before, ``[..., H]`` each.
-      x: ``x [..., D]`` and ``elapsed``, ``[...]`` or ``[..., 1]``; leading dimensions
-        are batch dimensions.
-      decay: :math:`g`, of times ``[..., 1]``.
+      params: the weights ``w_ih [D, 4H]``, ``w_hh [H, 4H]``, ``b [4H]``, ``w_d [H, H]``
+        and ``b_d [H]``.
+      carry: ``h`` and ``c`` after the step before, ``[..., H]`` each.
+      x: a :class:`jlstm.TimeLSTMInput`: ``x [..., D]`` and ``elapsed``, ``[...]`` or
+        ``[..., 1]``; leading dimensions are batch dimensions.
+      decay: the function :math:`d`, called with times ``[..., 1]``.
 
     Returns:
-      The new carry, and the output ``[..., H]``, which is the new ``h``.
+      ``(carry, y)``: the new carry, and the output ``[..., H]``, which is the new
+      ``h``.
 
     Example:
       >>> cell, ones = jlstm.TimeLSTM(8), jnp.ones((2, 3))
@@ -142,21 +178,26 @@ def _checked(x: TimeLSTMInput) -> TimeLSTMInput:
 
 @config
 class TimeLSTM:
-    """Time-aware LSTM; see :func:`jlstm.cells.time_lstm_step` for the formula.
+    """Time-aware LSTM; :func:`jlstm.cells.time_lstm_step` has the formula.
 
-    Inputs are :class:`TimeLSTMInput`, for a layer ``[B, T, D]`` and ``[B, T]``. A layer
-    that runs in reverse takes the times as they are.
+    A layer takes a :class:`TimeLSTMInput` of ``[B, T, D]`` and ``[B, T]``. One that
+    runs in reverse reads the times as they stand: nothing turns them into the times to
+    the next step.
 
     Attributes:
-      hidden_size: ``H``.
-      decay: of the short-term memory: ``jlstm.cells.inverse_log`` for times of many
-        units, ``jlstm.cells.inverse`` for times of few, or any module-level function
-        that is finite at 0.
-      forget_bias: added to the forget gate's bias at init.
-      learned_carry: learns the fresh carry, which starts at zero.
-      w_ih_init: initialiser of ``w_ih``, gate by gate.
-      w_hh_init: initialiser of ``w_hh``, gate by gate, and of ``w_d``.
-      b_init: initialiser of the biases, before ``forget_bias``.
+      hidden_size: ``H``, the number of units, which is also the size of the output.
+      decay: the function by which the short-term memory fades:
+        ``jlstm.cells.inverse_log``, the default, for times of many units, such as days
+        over years; ``jlstm.cells.inverse`` for times of few units; or any module-level
+        function that is finite at 0.
+      forget_bias: a number that ``init`` adds to the forget gate's bias; see
+        :class:`jlstm.LSTM`.
+      learned_carry: true makes the fresh carry a param, which starts at zero; otherwise
+        each sequence begins with zeros.
+      w_ih_init: initialiser of ``w_ih``, called once for each gate; see
+        :mod:`jlstm.init`.
+      w_hh_init: initialiser of ``w_hh``, called once for each gate, and of ``w_d``.
+      b_init: initialiser of the biases, to which ``forget_bias`` is then added.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.TimeLSTM(8))

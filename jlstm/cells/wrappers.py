@@ -1,4 +1,4 @@
-"""Cell to cell: a wrapper is a cell, and is gated if its inner cell is."""
+"""Wrappers: cells around cells, in gated form if the inner cell is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jlstm.types import Array, Cell, Policy, PyTree, cast, config, gated
 
 
 class Prepared(NamedTuple):
-    """Params of a wrapped cell, and what its wrapper needs in the loop."""
+    """Params of a wrapped cell, and what its wrapper needs at all steps."""
 
     cell: PyTree
     extra: PyTree
@@ -25,32 +25,41 @@ class Beside(NamedTuple):
 
 
 class Wrapper:
-    """A cell around ``self.cell``, which does all that is not defined anew.
+    """A cell around another one, ``self.cell``; the base class of wrappers.
 
-    A wrapper has its say in :meth:`before`, once a sequence, and in :meth:`after`, at
-    the end of each step.
+    A wrapper of your own is a config that derives from this class, has a field ``cell``
+    and defines one or both of two methods: :meth:`before` runs once a sequence, before
+    the loop, and :meth:`after` at the end of each step. Everything else is done by the
+    inner cell, so the wrapper runs in the fused loop if the inner cell does.
     """
 
     cell: Any
 
     @property
     def gated(self) -> bool:
-        """Whether the inner cell is gated."""
+        """Whether the inner cell is written in gated form."""
         return gated(self.cell)
 
     @property
     def x_ndim(self) -> int:
-        """Feature dimensions of the inner cell's input."""
+        """The number of feature dimensions of the inner cell's input."""
         return getattr(self.cell, "x_ndim", 1)
 
     def before(
         self, params: PyTree, xs: PyTree, key: Array | None
     ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-        """Changes params and inputs of the inner cell.
+        """Changes the params and inputs of the inner cell, once a sequence.
+
+        Args:
+          params: the params of the inner cell.
+          xs: the inputs, ``[B, T, ...]``.
+          key: a typed key for noise; ``None`` means no noise.
 
         Returns:
-          Both, and what is needed later: at all steps alike (``[B, ...]``, or without a
-          batch), and at each (``[B, T, ...]``).
+          ``(params, xs, always, each)``: the two that the inner cell gets; what the
+          wrapper needs at all steps alike, with leaves ``[B, ...]`` or without a batch;
+          and what it needs at each step, with leaves ``[B, T, ...]``, which
+          :meth:`after` gets. ``None`` stands for nothing.
         """
         del key
         return params, xs, None, None
@@ -58,22 +67,32 @@ class Wrapper:
     def after(
         self, extra: PyTree, old: PyTree, new: PyTree, y: PyTree
     ) -> tuple[PyTree, PyTree]:
-        """Changes the carry and the output of a step; ``extra`` is of that step."""
+        """Changes the carry and the output at the end of a step.
+
+        Args:
+          extra: this step's part of ``each``, from :meth:`before`.
+          old: the carry before the step.
+          new: the carry that the inner cell returned.
+          y: the output that the inner cell returned.
+
+        Returns:
+          ``(carry, y)``, in the place of ``new`` and ``y``.
+        """
         del extra, old
         return new, y
 
     def init(self, key: Array, x: PyTree) -> PyTree:
-        """Makes params for inputs like ``x``."""
+        """Makes the inner cell's params for inputs like ``x``."""
         return self.cell.init(key, x)
 
     def init_carry(self, params: PyTree, batch_shape: tuple[int, ...]) -> PyTree:
-        """Makes the fresh carry."""
+        """Makes the inner cell's fresh carry."""
         return self.cell.init_carry(params, batch_shape)
 
     def prepare(
         self, params: PyTree, xs: PyTree, *, key: Array | None = None
     ) -> tuple[PyTree, PyTree]:
-        """Does what is done once a sequence, and then what the inner cell does."""
+        """Calls :meth:`before`, and then the inner cell's ``prepare`` if it has one."""
         own, inner = (None, None) if key is None else jax.random.split(key)
         params, xs, always, each = self.before(params, xs, own)
         params, xs = prepare(self.cell, params, xs, inner)
@@ -90,12 +109,12 @@ class Wrapper:
     def update(
         self, params: Any, carry: PyTree, zx: Any, zh: PyTree
     ) -> tuple[PyTree, PyTree]:
-        """Updates as the inner cell does, and then changes the result."""
+        """Updates as the inner cell does, and then calls :meth:`after`."""
         new, y = self.cell.update(params.cell, carry, zx.cell, zh)
         return self.after(zx.extra, carry, new, y)
 
     def step(self, params: Any, carry: PyTree, x: Any) -> tuple[PyTree, PyTree]:
-        """Advances one step."""
+        """Advances one step: the inner cell's, and then :meth:`after`."""
         if self.gated:
             zx = self.project(params, x)
             return self.update(params, carry, zx, self.mix(params, carry, zx))
@@ -114,10 +133,15 @@ class PrecisionParams(NamedTuple):
 class Precision(Wrapper):
     """Runs a cell under a dtype policy; layers make it from their ``policy``.
 
-    The products of ``project`` and ``mix`` are computed in ``policy.compute``. What
-    ``update`` reads, pre-activations and params, is in ``policy.accumulate`` (else
-    ``policy.carry``, else ``compute``), and so is a product that it contains.
-    A cell without a gated form runs as a whole in ``compute``.
+    The products of ``project`` and ``mix`` are computed in ``policy.compute``. All that
+    ``update`` reads, pre-activations and params, is in ``policy.accumulate``, or where
+    that is ``None`` in ``policy.carry``, or else in ``policy.compute``; a product
+    inside ``update`` is computed in that dtype too. A cell that is not in gated form
+    runs as a whole in ``policy.compute``.
+
+    Attributes:
+      cell: any cell.
+      policy: the dtypes; see :class:`jlstm.Policy`.
 
     Example:
       >>> cell = jlstm.Precision(jlstm.LSTM(8), jlstm.Policy(compute=jnp.bfloat16))
@@ -255,7 +279,18 @@ def look_up(table: Array, ids: Array) -> Array:
 def prepare(
     cell: Cell, params: PyTree, xs: PyTree, key: Array | None = None
 ) -> tuple[PyTree, PyTree]:
-    """Calls ``cell.prepare`` where a cell has one; a wrapper calls it on its cell.
+    """Calls ``cell.prepare`` if the cell has one, and returns ``(params, xs)``.
+
+    A cell of your own around another cell calls it on the inner one.
+
+    Args:
+      cell: any cell.
+      params: its params.
+      xs: the inputs, ``[B, T, ...]``.
+      key: a typed key for noise; ``None`` means no noise.
+
+    Returns:
+      The params and inputs for the loop; those given if there is nothing to prepare.
 
     Example:
       >>> jlstm.prepare(jlstm.LSTM(8), "params", "xs")
