@@ -1,4 +1,4 @@
-"""Sequence to sequence: layers, and layers made of layers."""
+"""Layers, which map sequences to sequences, and layers made of layers."""
 
 from jlstm.layers.compose import (
     Residual,

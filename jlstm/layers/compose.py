@@ -31,7 +31,11 @@ Pooling = Literal["last", "first", "mean", "max", "sum"]
 
 @config
 class Stack:
-    """Layers one after another; see :func:`jlstm.stack`."""
+    """Layers one after another; :func:`jlstm.stack` makes it.
+
+    Attributes:
+      layers: the layers, first to last.
+    """
 
     layers: tuple[Any, ...]
 
@@ -51,7 +55,7 @@ class Stack:
 
     @property
     def pointwise(self) -> bool:
-        """Whether all layers see one step at a time."""
+        """Whether each output depends on the input at that step alone."""
         return all(is_pointwise(layer) for layer in self.layers)
 
     def init(self, key: Array, xs: PyTree) -> tuple[PyTree, ...]:
@@ -194,14 +198,21 @@ def _any_valid(lengths: Array | None, mask: Array | None) -> Array | None:
 
 
 def stack(*layers: Layer) -> Stack:
-    """Runs layers one after another; params and carry are tuples, one entry a layer.
+    """Runs layers one after another.
 
-    A stack is a layer: stacks nest. No layer declares its input size: ``init`` finds
-    it.
+    Params and carry are tuples with one entry for each layer. A stack is a layer, so
+    stacks nest. No layer declares the size of its input: ``init`` finds it.
+
+    Args:
+      *layers: the layers, first to last; a recurrent cell must be wrapped, as in
+        ``RNN(cell)``.
+
+    Returns:
+      A layer.
 
     Raises:
       TypeError: something is not a layer, such as a bare cell.
-      ValueError: no layers.
+      ValueError: there are no layers.
 
     Example:
       >>> layer = jlstm.stack(jlstm.Embed(10, 4), jlstm.RNN(jlstm.LSTM(8)))
@@ -220,7 +231,7 @@ _MOST_ROWS = 512
 def on_ids(
     embed: Embed, embed_params: EmbedParams, layer: Layer, params: PyTree, ids: Array
 ) -> tuple[Layer, PyTree] | None:
-    """Joins an embedding and a layer, where it pays; see :class:`Lookup`.
+    """Joins an embedding and a layer, where it pays; see ``cells.wrappers.Lookup``.
 
     Returns:
       A layer that takes the ids, and its params; or ``None``.
@@ -268,7 +279,10 @@ def _projects_rows(cell: Any, params: PyTree, table: Array) -> bool:
 
 @config
 class Residual:
-    r"""Adds a layer's input to its output, :math:`y_t = x_t + f(x)_t`.
+    """Adds a layer's input to its output, :math:`y_t = x_t + f(x)_t`.
+
+    Attributes:
+      layer: the layer, whose outputs must have the shape of its inputs.
 
     Example:
       >>> layer, xs = jlstm.Residual(jlstm.RNN(jlstm.LSTM(3))), jnp.ones((2, 5, 3))
@@ -291,7 +305,7 @@ class Residual:
 
     @property
     def pointwise(self) -> bool:
-        """Whether the inner layer sees one step at a time."""
+        """Whether each output depends on the input at that step alone."""
         return is_pointwise(self.layer)
 
     def init(self, key: Array, xs: PyTree) -> PyTree:
@@ -359,29 +373,27 @@ def pool(
 ) -> tuple[PyTree, PyTree]:
     """Runs a layer and reduces its outputs over time, to ``[B, ...]``.
 
-    ``"last"`` is the output after the last step that each direction *processed*:
-    ``lengths - 1`` forward, the first valid step in reverse; both directions are merged
-    after that, and layers that see one step at a time run on the result. ``"first"``
-    (the first valid step), ``"mean"``, ``"max"`` and ``"sum"`` are over the valid
-    steps. A row without valid steps gives zeros.
-
     Args:
       layer: any layer.
       params: its params.
       xs: inputs ``[B, T, ...]``.
       carry: the incoming carry; ``None`` means the fresh one.
-      kind: one of the above.
+      kind: how outputs become one vector. ``"last"``, the default, takes the output
+        after the last step that each direction *processed*: step ``lengths - 1`` of the
+        forward direction, the first valid step of the backward one. ``"first"`` takes
+        the output at the first valid step; ``"mean"``, ``"max"`` and ``"sum"`` are over
+        the valid steps.
       name: what errors and summaries call the layer.
-      lengths: as of :func:`jlstm.unroll`, as are the rest.
-      mask: as above.
-      resets: as above.
-      key: as above.
+      lengths: the number of valid steps in each row, as for :func:`jlstm.unroll`.
+      mask: true at valid steps, as for :func:`jlstm.unroll`.
+      resets: boundaries within rows, as for :func:`jlstm.unroll`.
+      key: a typed key for noise; ``None`` means no noise.
 
     Returns:
-      ``(pooled, carry)``.
+      ``(pooled, carry)``. In a row without valid steps, ``pooled`` is zero.
 
     Raises:
-      ValueError: an unknown kind, or what the layer itself refuses.
+      ValueError: ``kind`` is unknown, or the layer refuses its arguments.
 
     Example:
       >>> layer, xs = jlstm.bidirectional(jlstm.LSTM(8)), jnp.ones((2, 5, 3))
@@ -437,7 +449,20 @@ def _least(dtype: Any) -> Any:
 
 
 def is_causal(layer: Layer) -> bool:
-    """Tells whether outputs depend on earlier inputs only."""
+    """Tells whether a layer's outputs depend on no later inputs.
+
+    Such a layer can be streamed, in chunks or by :func:`jlstm.step`.
+
+    Args:
+      layer: any layer or model.
+
+    Returns:
+      Its attribute ``causal``, or true if it has none.
+
+    Example:
+      >>> jlstm.is_causal(jlstm.bidirectional(jlstm.LSTM(8)))
+      False
+    """
     return getattr(layer, "causal", True)
 
 
@@ -491,20 +516,24 @@ def step(
 ) -> tuple[PyTree, PyTree]:
     """Advances a causal layer by one step, so that a whole stack acts like a cell.
 
+    Use it where the next input is not known before the output: to serve a stream, to
+    decode, to act.
+
     Args:
       layer: a causal layer or model.
       params: its params.
       carry: the carry of the step before; ``None`` means the fresh one.
-      x: input at this step, ``[B, D]``.
-      reset: ``[B]`` booleans; rows that begin anew before this step.
-      key: draws noise, another one each step; ``None`` is the deterministic form.
+      x: input at this step, ``[B, D]``, or ``[B]`` token ids for an ``Embed``.
+      reset: ``[B]`` booleans, true in rows whose carry is made fresh before this step;
+        ``None`` means in none.
+      key: a typed key for noise, another one at each step; ``None`` means no noise.
 
     Returns:
-      ``(carry, y)``, the order of ``lax.scan``.
+      ``(carry, y)``, in the order of ``jax.lax.scan``.
 
     Raises:
-      TypeError: a cell in the place of a layer.
-      ValueError: the layer is not causal, or gives one answer a sequence.
+      TypeError: a cell is in the place of the layer.
+      ValueError: the layer is not causal, or gives one answer for a whole sequence.
 
     Example:
       >>> layer = jlstm.stack(jlstm.RNN(jlstm.LSTM(8)), jlstm.Dense(2))
@@ -554,6 +583,15 @@ def _check_answers(layer: Layer, params: PyTree, x: PyTree) -> None:
 
 def with_implementation(layer: Any, implementation: str | None) -> Any:
     """Returns a layer or model whose recurrences all run by one implementation.
+
+    Args:
+      layer: any layer or model.
+      implementation: the name of the loop, as for :func:`jlstm.unroll`; ``None`` lets
+        each recurrence choose.
+
+    Returns:
+      The same layer with another ``implementation`` in each of its ``RNN``; its params
+      stay valid.
 
     Raises:
       ValueError: the implementation is unknown.

@@ -29,16 +29,25 @@ Padding = Literal["SAME", "VALID", "CAUSAL"]
 
 @struct.dataclass
 class ConvParams:
-    """Weights of a convolution."""
+    """Weights of a convolution.
 
-    w: Array  # [width, D, H]
-    b: Array | None  # [H]
+    Attributes:
+      w: the kernel, ``[width, D, H]``, for ``H = size``.
+      b: biases, ``[H]``, or ``None``.
+    """
+
+    w: Array
+    b: Array | None
 
 
 class ConvCarry(NamedTuple):
-    """The inputs that a causal convolution still needs."""
+    """The inputs that a causal convolution needs again.
 
-    xs: Array  # [B, (width - 1) * dilation, D]
+    Attributes:
+      xs: the last inputs of each row, ``[B, (width - 1) * dilation, D]``.
+    """
+
+    xs: Array
 
 
 @config
@@ -48,24 +57,34 @@ class Conv:
     .. math::
         y_t = \phi\Big(b + \sum_{j=0}^{k-1} W_j \, x_{st + dj - p}\Big)
 
-    with ``k`` the width, ``s`` the stride, ``d`` the dilation, and ``p`` 0 for
-    ``"VALID"``, ``d(k - 1) // 2`` for ``"SAME"`` and ``d(k - 1)`` for ``"CAUSAL"``.
-    (``p`` never depends on T, so that padding is inert under a stride too.)
+    where :math:`\phi` is the activation, k the width, s the stride and d the dilation.
+    The padding p is 0 for ``"VALID"``, ``d(k - 1) // 2`` for ``"SAME"`` and ``d(k -
+    1)`` for ``"CAUSAL"``. It never depends on T, so that padding is inert under a
+    stride too.
 
-    A causal convolution streams: its carry holds the last valid inputs, a masked step
-    is skipped as if it were not there, and resets cut the window. The others take
-    masked steps as zeros.
+    A causal convolution can be streamed: its carry holds the last valid inputs, a
+    masked step is skipped as if it were not there, and a reset cuts the window. The
+    others read masked steps as zeros.
 
     Attributes:
       size: features of the output.
-      width: ``k``, steps seen by an output.
-      stride: ``s``, steps between outputs; 1 if causal.
-      dilation: ``d``, steps between taps.
-      padding: ``"SAME"``, ``"VALID"`` or ``"CAUSAL"``.
-      activation: a module-level function such as ``jax.nn.relu``, or ``None``.
-      bias: adds ``b``.
-      w_init: initialiser of ``w``, drawn as ``[width * D, size]``.
+      width: k, the number of steps that an output sees.
+      stride: s, the number of steps from one output to the next; 1 if ``"CAUSAL"``.
+        With a larger one the output has about T / s steps.
+      dilation: d, the number of steps from one tap to the next; an output reaches over
+        ``d(k - 1) + 1`` steps.
+      padding: ``"SAME"``, the default, sees both sides and keeps T (if the stride is
+        1); ``"CAUSAL"`` sees the past alone and keeps T; ``"VALID"`` sees no padding
+        and drops ``d(k - 1)`` steps.
+      activation: a module-level function such as ``jax.nn.relu``, or ``None`` for none.
+      bias: true adds ``b``.
+      w_init: initialiser of ``w``, called once for ``[width * D, size]``; see
+        :mod:`jlstm.init`.
       b_init: initialiser of ``b [size]``.
+
+    Raises:
+      ValueError: on construction, if a size is not positive, or the stride of a causal
+        convolution is not 1.
 
     Example:
       >>> layer, xs = jlstm.Conv(4, width=3, padding="CAUSAL"), jnp.ones((2, 5, 3))
@@ -100,7 +119,7 @@ class Conv:
 
     @property
     def causal(self) -> bool:
-        """Whether outputs depend on earlier inputs only."""
+        """Whether outputs depend on no later inputs."""
         return self.padding == "CAUSAL"
 
     @property

@@ -1,4 +1,4 @@
-"""Modules of Flax as layers."""
+"""Flax modules as layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from jlstm.types import Array, PyTree, config
 
 @config
 class Lifted(Pointwise):
-    """A module of Flax as a layer; made by :func:`jlstm.lift`."""
+    """A Flax module as a layer; :func:`jlstm.lift` makes it.
+
+    Attributes:
+      source: the module, or what makes it.
+      per_step: true runs it on each step by itself, false on the whole sequence.
+    """
 
     source: Linen | NNX
     per_step: bool = True
@@ -36,12 +41,12 @@ class Lifted(Pointwise):
 
     @property
     def pointwise(self) -> bool:
-        """Whether the module sees one step at a time."""
+        """Whether each output depends on the input at that step alone."""
         return self.per_step
 
     @property
     def causal(self) -> bool:
-        """Whether outputs depend on earlier inputs only, as far as is known."""
+        """Whether outputs are known to depend on no later inputs."""
         return self.per_step
 
     def init(self, key: Array, xs: PyTree) -> PyTree:
@@ -233,26 +238,32 @@ def _written(value: Any) -> str:
 
 
 def lift(module: Any, *args: Any, per_step: bool = True, **options: Any) -> Lifted:
-    """Makes a layer of a Flax module that has only params.
+    """Makes a layer of a Flax module that has no state but its params.
 
-    The module is run on each step of each row by itself, as ``vmap`` does: it sees one
-    ``x`` without batch and time. Masked steps are given to it as zeros, and what it
-    makes of them is replaced by zeros.
+    The module runs on each step of each row by itself, as under ``jax.vmap``: it is
+    called with one ``x``, without batch and time. At masked steps it gets zeros, and
+    its output is replaced by zeros.
 
     Args:
-      module: a module of ``flax.linen``; or a class of ``flax.nnx``, or a module-level
-        function, which is called with ``args``, ``options`` and ``rngs`` and returns a
-        module. Its params are a dict.
-      *args: of the class or function; hashable.
+      module: a module of ``flax.linen``; or a class of ``flax.nnx``; or a module-level
+        function that returns a module of ``flax.nnx``. A class or function is called
+        with ``args``, ``options`` and ``rngs``.
+      *args: arguments of the class or function; they must be hashable.
       per_step: false runs the module once on the whole ``[B, T, ...]``, as a
-        convolution needs it. It must keep B and T and the rows apart; it cannot tell
-        masked steps from zeros, and refuses resets.
-      **options: of the class or function; hashable.
+        convolution needs it. The module must then keep B and T, and must not mix rows.
+        It cannot tell masked steps from zeros, and the layer refuses resets and is not
+        causal.
+      **options: keyword arguments of the class or function; they must be hashable.
+
+    Returns:
+      A layer, whose params are a dict.
 
     Raises:
-      TypeError: something else than such a module, class or function.
-      ValueError: it has no hash; or, in ``init``, more than params, such as the
-        statistics of a BatchNorm or the random numbers of a Dropout.
+      TypeError: ``module`` is something else, such as an instance of a ``flax.nnx``
+        class.
+      ValueError: the module or an argument has no hash; or, in ``init``, the module has
+        more than params, such as the statistics of a BatchNorm or the random numbers of
+        a Dropout.
 
     Example:
       >>> from flax import linen, nnx

@@ -1,4 +1,4 @@
-"""Layers that see one step at a time, and carry nothing."""
+"""Layers that see one step at a time and carry nothing."""
 
 from __future__ import annotations
 
@@ -68,12 +68,17 @@ class Pointwise:
 
 @config
 class Dropout(Pointwise):
-    """Drops features at random and scales the rest by ``1 / (1 - rate)``.
+    """Drops features at random and scales the others by ``1 / (1 - rate)``.
+
+    It does so where ``apply`` is given a ``key``; without one it returns its input.
 
     Attributes:
-      rate: probability of a feature to be dropped.
-      shared_over_time: draws one mask for all steps of a row (Gal & Ghahramani, 2016)
-        instead of one a step.
+      rate: the probability that a feature is dropped, in [0, 1).
+      shared_over_time: true draws one mask for all steps of a row (Gal & Ghahramani,
+        2016), false, the default, another one for each step.
+
+    Raises:
+      ValueError: on construction, if ``rate`` is out of range.
 
     Example:
       >>> layer, xs = jlstm.Dropout(0.5, shared_over_time=True), jnp.ones((1, 4, 8))
@@ -108,21 +113,27 @@ class Dropout(Pointwise):
 
 @struct.dataclass
 class DenseParams:
-    """Weights of an affine map."""
+    """Weights of an affine map.
 
-    w: Array  # [D, H]
-    b: Array | None  # [H]
+    Attributes:
+      w: ``[D, H]``, for ``H = size``.
+      b: biases, ``[H]``, or ``None``.
+    """
+
+    w: Array
+    b: Array | None
 
 
 @config
 class Dense(Pointwise):
-    r"""Maps each step by :math:`y = \phi(x W + b)`.
+    r"""Maps the features of each step by :math:`y = \phi(x W + b)`.
 
     Attributes:
       size: features of the output.
-      activation: a module-level function such as ``jax.nn.relu``, or ``None``.
-      bias: adds ``b``.
-      w_init: initialiser of ``w [D, size]``.
+      activation: :math:`\phi`, a module-level function such as ``jax.nn.relu``, or
+        ``None`` for none.
+      bias: true adds ``b``.
+      w_init: initialiser of ``w [D, size]``; see :mod:`jlstm.init`.
       b_init: initialiser of ``b [size]``.
 
     Example:
@@ -171,25 +182,32 @@ class Dense(Pointwise):
 
 @struct.dataclass
 class EmbedParams:
-    """A table of vectors."""
+    """A table of vectors.
 
-    table: Array  # [V, H]
+    Attributes:
+      table: one row for each symbol, ``[V, H]``, for ``H = size``.
+    """
+
+    table: Array
 
 
 @config
 class Embed(Pointwise):
-    """Looks up a vector for each token.
+    """Looks up a vector for each token id, ``[B, T] -> [B, T, size]``.
 
-    Of few symbols, in a stack with a recurrent layer or in a language model, the table
-    goes through the cell's input weights once, instead of each step's vector.
+    In a stack with a recurrent layer, or in a language model, a table of few symbols is
+    multiplied with the cell's input weights once, instead of the vector of each step;
+    the results are the same.
 
     Attributes:
-      vocab_size: ``V``.
+      vocab_size: ``V``, the number of symbols; ids are integers from 0 to V - 1.
       size: features of a vector.
-      frozen: keeps gradients from the table (exclude it from weight decay too).
-      table_init: initialiser of the table; ``jlstm.init.Pretrained(vectors)`` for
-        vectors that exist.
-      dtype: of the table, ``float32`` unless 64-bit mode is on.
+      frozen: true keeps gradients from the table. An optimizer with weight decay would
+        still change it, so leave it out of that too.
+      table_init: initialiser of the table ``[V, size]``; for vectors that exist, give
+        ``jlstm.init.Pretrained(vectors)``.
+      dtype: the dtype of the table; ``None``, the default, means float32, or float64 in
+        JAX's 64-bit mode.
 
     Example:
       >>> layer, tokens = jlstm.Embed(10, 4), jnp.array([[1, 2, 3]])
@@ -216,11 +234,11 @@ class Embed(Pointwise):
         return EmbedParams(self.table_init(key, (self.vocab_size, self.size), dtype))
 
     def check(self, xs: Array) -> None:
-        """Refuses what are not token ids.
+        """Refuses inputs that are not token ids.
 
         Raises:
-          ValueError: not integers; or a concrete id outside the vocabulary. In a trace
-            ids are clipped.
+          ValueError: the dtype is not an integer one, or an id is outside the
+            vocabulary. Under ``jax.jit`` ids are not known, and are clipped instead.
         """
         self._check_dtype(xs)
         if not door.is_concrete(xs) or not xs.size:
@@ -243,7 +261,7 @@ class Embed(Pointwise):
         return look_up(self.table(params), xs)
 
     def table(self, params: EmbedParams) -> Array:
-        """Returns the table, as gradients are to see it."""
+        """Returns the table, without gradients if it is frozen."""
         shape = (self.vocab_size, self.size)
         if params.table.shape != shape:
             raise door.error(
@@ -256,10 +274,15 @@ class Embed(Pointwise):
 
 @struct.dataclass
 class LayerNormParams:
-    """Scale and shift of a normalisation."""
+    """Scale and shift of a normalisation.
 
-    scale: Array | None  # [D]
-    shift: Array | None  # [D]
+    Attributes:
+      scale: ``[D]``, or ``None``.
+      shift: ``[D]``, or ``None``.
+    """
+
+    scale: Array | None
+    shift: Array | None
 
 
 @config
@@ -269,10 +292,14 @@ class LayerNorm(Pointwise):
     .. math::
         y = \gamma \odot \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
+    with the mean :math:`\mu` and the variance :math:`\sigma^2` over the features of
+    that step.
+
     Attributes:
-      epsilon: added to the variance.
-      scale: learns :math:`\gamma`.
-      shift: learns :math:`\beta`.
+      epsilon: :math:`\epsilon`, which keeps the division finite where all features are
+        equal.
+      scale: true learns :math:`\gamma`, false leaves it at 1.
+      shift: true learns :math:`\beta`, false leaves it at 0.
 
     Example:
       >>> layer, xs = jlstm.LayerNorm(), jnp.array([[[1.0, 3.0]]])

@@ -139,7 +139,22 @@ def run_layer(
     method: Literal["apply", "last"] = "apply",
     **masking: Any,
 ) -> tuple[PyTree, PyTree]:
-    """Runs a layer inside another, so that errors and summaries name its place."""
+    """Runs a layer inside another, so that errors and summaries name its place.
+
+    The ``apply`` of a layer of your own calls it for each layer that it contains.
+
+    Args:
+      name: what errors and summaries call the inner layer, such as ``"encoder"``.
+      layer: the inner layer.
+      params: its params.
+      xs: its inputs, ``[B, T, ...]``.
+      carry: its incoming carry; ``None`` means the fresh one.
+      method: the method to call: ``"apply"``, or ``"last"`` for a layer that has it.
+      **masking: ``lengths``, ``mask``, ``resets`` and ``key``, as for ``apply``.
+
+    Returns:
+      ``(ys, carry)``, as the method returns it.
+    """
     with door.at(name):
         collected = rows()
         run = getattr(layer, method)
@@ -153,14 +168,25 @@ def run_layer(
 
 @config
 class RNN:
-    """A layer from a cell.
+    """Makes a layer of a cell: runs it over a batch of sequences.
 
     Attributes:
-      cell: any cell.
-      reverse: runs from each row's last valid step to the first.
-      implementation: of the loop, as of :func:`jlstm.unroll`; ``None`` chooses.
-      policy: dtypes, see :class:`jlstm.Policy`.
-      checkpoint_every: saves memory in training, see :func:`jlstm.unroll`.
+      cell: any cell, such as ``LSTM(256)``.
+      reverse: true runs from each row's last valid step to its first; outputs stay in
+        the order of the inputs. The layer is then not causal.
+      implementation: the loop that runs the cell, by its name; ``None``, the default,
+        chooses one. See :func:`jlstm.unroll`.
+      policy: the dtypes of params, products and carry, for half precision; ``None``
+        keeps those of the arrays. See :class:`jlstm.Policy`.
+      checkpoint_every: for long sequences, the number of steps between stored carries,
+        or ``"sqrt"``; a gradient then takes less memory and more time. ``None``, the
+        default, stores every step. See :func:`jlstm.unroll`.
+
+    Raises:
+      NotImplementedError: on construction, if the named implementation cannot run the
+        cell.
+      TypeError: on construction, if a layer is in the place of the cell.
+      ValueError: on construction, if the implementation is unknown.
 
     Example:
       >>> layer = jlstm.RNN(jlstm.GRU(8), reverse=True)
@@ -307,14 +333,24 @@ def take_valid(ys: PyTree, mask: Array | None, *, first: bool = False) -> PyTree
 
 @struct.dataclass
 class BidirectionalParams:
-    """Params of the two directions."""
+    """Params of the two directions.
+
+    Attributes:
+      forward: those of the forward layer.
+      backward: those of the backward layer.
+    """
 
     forward: PyTree
     backward: PyTree
 
 
 class BidirectionalCarry(NamedTuple):
-    """Carries of the two directions."""
+    """Carries of the two directions.
+
+    Attributes:
+      forward: that of the forward layer, after each row's last valid step.
+      backward: that of the backward layer, after each row's first valid step.
+    """
 
     forward: PyTree
     backward: PyTree
@@ -322,7 +358,13 @@ class BidirectionalCarry(NamedTuple):
 
 @config
 class Bidirectional:
-    """Two layers over one sequence; made by :func:`jlstm.bidirectional`."""
+    """Two layers over one sequence; :func:`jlstm.bidirectional` makes it.
+
+    Attributes:
+      forward: the layer that runs forward.
+      backward: the layer that runs in reverse.
+      merge: how outputs are merged, see :func:`jlstm.bidirectional`.
+    """
 
     forward: RNN
     backward: RNN
@@ -463,19 +505,26 @@ def bidirectional(
     .. math::
         y_t = [\overrightarrow{h}_t, \overleftarrow{h}_t]
 
+    So each output depends on the whole sequence. The layer is not causal: it cannot be
+    streamed.
+
     Args:
       cell: the forward cell.
-      backward: the backward cell; the same as ``cell`` (with params of its own) if
-        ``None``.
-      merge: ``"concat"`` on the last axis, ``"sum"``, ``"mean"``, ``"product"``, or
-        ``"none"`` for the pair.
-      implementation: as of :class:`jlstm.RNN`.
-      policy: as of :class:`jlstm.RNN`.
-      checkpoint_every: as of :class:`jlstm.RNN`.
+      backward: the backward cell; ``None``, the default, means the same config as
+        ``cell``. The two directions have params of their own either way.
+      merge: ``"concat"``, the default, joins the outputs on the last axis; ``"sum"``,
+        ``"mean"`` and ``"product"`` combine them element by element; ``"none"`` returns
+        a pair.
+      implementation: the loop that runs the cells, as for :class:`jlstm.RNN`.
+      policy: the dtypes, as for :class:`jlstm.RNN`.
+      checkpoint_every: steps between stored carries, as for :class:`jlstm.RNN`.
+
+    Returns:
+      A layer, whose carry is a :class:`jlstm.BidirectionalCarry`.
 
     Raises:
-      TypeError: a layer in the place of a cell.
-      ValueError: an unknown merge.
+      TypeError: a layer is in the place of a cell.
+      ValueError: ``merge`` is unknown.
 
     Example:
       >>> layer = jlstm.bidirectional(jlstm.LSTM(8))

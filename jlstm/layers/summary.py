@@ -1,4 +1,4 @@
-"""What a layer is made of, in one table."""
+"""The layers that a layer or model is made of, in one table."""
 
 from __future__ import annotations
 
@@ -16,19 +16,33 @@ ROOT = ""
 
 @dataclasses.dataclass(frozen=True)
 class SummaryRow:
-    """One layer of a summary."""
+    """One layer of a summary.
+
+    Attributes:
+      path: the names of its place, outermost first.
+      layer: the layer, as it prints.
+      output: the shapes of its outputs.
+      params: the number of scalars in its params.
+      carry_bytes: the size of its carry.
+      implementation: the loop that would run it; empty if it has no recurrence.
+    """
 
     path: tuple[str, ...]
     layer: str
-    output: str  # shapes
-    params: int  # number of scalars
+    output: str
+    params: int
     carry_bytes: int
-    implementation: str  # empty where nothing recurs
+    implementation: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A table that prints itself; ``rows`` holds what it shows."""
+    """A table of layers that prints itself.
+
+    Attributes:
+      rows: one entry for each line, with the fields ``path``, ``layer``, ``output``,
+        ``params``, ``carry_bytes`` and ``implementation``.
+    """
 
     rows: tuple[SummaryRow, ...]
 
@@ -63,16 +77,21 @@ class Summary:
 
 
 def summary(layer: Layer, xs: PyTree) -> Summary:
-    """Lists the tree of layers with shapes, params, carry and implementations.
+    """Lists the layers of a layer or model, with shapes, params and implementations.
 
     Nothing is computed: of ``xs`` only shapes and dtypes are read.
 
     Args:
       layer: a layer or model.
-      xs: example input ``[B, T, ...]``; arrays or ``jax.ShapeDtypeStruct``.
+      xs: an example of its input, ``[B, T, ...]``; arrays or ``jax.ShapeDtypeStruct``.
+
+    Returns:
+      A :class:`Summary`, which ``print`` shows as a table: for each layer its output
+      shapes, the number of its params, the bytes of its carry for this batch, and the
+      loop that runs it.
 
     Raises:
-      TypeError: a cell in the place of a layer.
+      TypeError: a cell is in the place of the layer.
 
     Example:
       >>> print(jlstm.summary(jlstm.RNN(jlstm.Elman(4)), jnp.ones((2, 5, 3))))
