@@ -58,9 +58,9 @@ class Conv:
         y_t = \phi\Big(b + \sum_{j=0}^{k-1} W_j \, x_{st + dj - p}\Big)
 
     where :math:`\phi` is the activation, k the width, s the stride and d the dilation.
-    The padding p is 0 for ``"VALID"``, ``d(k - 1) // 2`` for ``"SAME"`` and ``d(k -
-    1)`` for ``"CAUSAL"``. It never depends on T, so that padding is inert under a
-    stride too.
+    The padding p is 0 for ``"VALID"``, ``d(k - 1) // 2`` for ``"SAME"`` and
+    ``d(k - 1)`` for ``"CAUSAL"``. It never depends on T, so that padding is inert under
+    a stride too.
 
     A causal convolution can be streamed: its carry holds the last valid inputs, a
     masked step is skipped as if it were not there, and a reset cuts the window. The
