@@ -1,4 +1,4 @@
-"""Sequences out of a model of the next symbol, over any carry."""
+"""Draws sequences from a model of the next symbol."""
 
 from __future__ import annotations
 
@@ -31,24 +31,27 @@ def generate(
         x_{t+1} \sim \mathrm{softmax}(\mathrm{logits}_t / \tau)
 
     Args:
-      model: a causal model of logits ``[B, T, V]``, such as
+      model: a causal model that maps ids ``[B, T]`` to logits ``[B, T, V]``, such as
         :class:`jlstm.LanguageModel`.
       params: its params.
-      prompt: ``[B, T]`` integers, T at least 1.
-      num_steps: symbols to draw for each row.
-      key: draws them; ``None`` takes the most likely symbol each time (greedy).
-      lengths: valid symbols of each prompt, at least 1; all of them if ``None``.
-      temperature: :math:`\tau`, 1 if ``None``; below 1 sharpens, above 1 flattens.
-      top_k: draws from the k most likely symbols only.
-      top_p: draws from the most likely symbols whose probabilities first sum to p
-        (nucleus sampling).
+      prompt: the symbols to continue, ``[B, T]`` integers, T at least 1.
+      num_steps: the number of symbols to draw for each row.
+      key: a typed key, from which symbols are drawn; ``None`` takes the most likely
+        symbol each time (greedy).
+      lengths: the number of valid symbols in each prompt, ``[B]``, at least 1; ``None``
+        means all of them.
+      temperature: :math:`\tau`, above 0; ``None`` means 1. Below 1 likely symbols
+        become more likely, above 1 less so.
+      top_k: draws from the k most likely symbols alone; ``None`` allows all.
+      top_p: draws from the most likely symbols whose probabilities together reach p, in
+        (0, 1] (nucleus sampling); ``None`` allows all.
 
     Returns:
-      ``[B, num_steps]`` symbols.
+      ``[B, num_steps]`` symbols, without the prompt.
 
     Raises:
-      ValueError: the model is not causal, the prompt is empty, or an option is out of
-        range, or there is no key to draw with.
+      ValueError: the model is not causal, the prompt is empty, an option is out of
+        range, or one of the last three is given without a key.
 
     Example:
       >>> model = jlstm.LanguageModel(jlstm.RNN(jlstm.LSTM(8)), 10, embed_size=4)
@@ -125,7 +128,16 @@ def restrict(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Array:
-    """Scales logits ``[..., V]`` and rules out symbols; see :func:`jlstm.generate`.
+    """Divides logits by the temperature and rules symbols out, for sampling.
+
+    Args:
+      logits: ``[..., V]``.
+      temperature: as for :func:`jlstm.generate`.
+      top_k: as for :func:`jlstm.generate`.
+      top_p: as for :func:`jlstm.generate`.
+
+    Returns:
+      Logits ``[..., V]``, minus infinity for symbols that are ruled out.
 
     Example:
       >>> jlstm.decode.restrict(jnp.array([1.0, 3.0, 2.0]), top_k=2).tolist()

@@ -1,9 +1,9 @@
-"""Programs that run without this library, by ``jax.export``.
+"""Programs that run without this library, made by ``jax.export``.
 
 A program holds the params, and takes any number of rows and steps. Its file needs JAX
-alone: ``jax.export.deserialize(open(path, "rb").read()).call(...)``. JAX promises to
-read such files for six months; what lasts is the layer with its params, as
-:func:`jlstm.save` writes it.
+and nothing else: ``jax.export.deserialize(open(path, "rb").read()).call(...)``. JAX
+promises to read such files for six months. To keep a layer and its params for longer,
+write them by :func:`jlstm.save`.
 """
 
 from __future__ import annotations
@@ -40,25 +40,31 @@ def sequence(
     platforms: Sequence[str] = PLATFORMS,
     constraints: Sequence[str] = (),
 ) -> jax.export.Exported:
-    """Makes a program of a layer on whole sequences.
+    """Makes a program that runs a layer on whole sequences.
 
-    It is called as ``program.call(xs, lengths)``, with ``lengths [B]`` in int32, and
-    returns ``(ys, carry)`` as ``layer.apply`` does, without noise; the carry is a dict
-    of arrays by their paths, which :func:`step` goes on from. Of rows of length 0 it is
-    the fresh carry.
+    ``program.call(xs, lengths)``, with ``lengths [B]`` in int32, returns
+    ``(ys, carry)`` as ``layer.apply`` does, without noise. The carry is a dict of
+    arrays by their paths, which a program of :func:`step` takes. In rows of length 0 it
+    is the fresh carry.
 
     Args:
       layer: a layer or model.
       params: its params, which become constants of the program.
-      xs: an example of its input, ``[B, T, ...]``, arrays or ``jax.ShapeDtypeStruct``.
-      platforms: on which it can run: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``.
-      constraints: what holds of B and T, called ``batch`` and ``time``, such as
-        ``"time >= 3"``; both are at least 1.
+      xs: an example of its input, ``[B, T, ...]``, arrays or ``jax.ShapeDtypeStruct``;
+        the sizes B and T are left open.
+      platforms: where the program can run, of ``"cpu"``, ``"cuda"``, ``"rocm"`` and
+        ``"tpu"``; all but ``"rocm"`` unless given.
+      constraints: what B and T must fulfil, under the names ``batch`` and ``time``,
+        such as ``"time >= 3"`` for a convolution. Both are at least 1.
+
+    Returns:
+      The program.
 
     Raises:
-      TypeError: a cell in the place of a layer.
-      ValueError: the layer does not fit ``xs``, or treats few rows or steps otherwise
-        than many, or runs code that no program can hold.
+      TypeError: a cell is in the place of the layer.
+      ValueError: the layer does not fit ``xs``; it treats few rows or steps otherwise
+        than many, so that constraints are needed; or it runs code that no program can
+        hold.
 
     Example:
       >>> layer, xs = jlstm.bidirectional(jlstm.Elman(4)), jnp.ones((1, 1, 3))
@@ -88,23 +94,27 @@ def step(
     *,
     platforms: Sequence[str] = PLATFORMS,
 ) -> jax.export.Exported:
-    """Makes a program of one step of a causal layer.
+    """Makes a program that advances a causal layer by one step.
 
-    It is called as ``program.call(carry, x, reset)`` with the carry of the step before,
-    or of :func:`sequence`, a dict of arrays; ``x [B, ...]``; and ``reset [B]``,
-    booleans, true in rows that begin anew, whose carry may be anything. It returns
-    ``(carry, y)``.
+    ``program.call(carry, x, reset)`` returns ``(carry, y)``. It takes the carry of the
+    step before, or of a program of :func:`sequence`, a dict of arrays; ``x [B, ...]``;
+    and ``reset [B]``, booleans, true in rows that begin anew. In such rows anything may
+    stand in the carry.
 
     Args:
-      layer: a causal layer or model, of one output a step.
+      layer: a causal layer or model with one output for each step.
       params: its params, which become constants of the program.
-      xs: an example of its input as a sequence, as of :func:`sequence`.
-      platforms: as of :func:`sequence`.
+      xs: an example of its input as a sequence, ``[B, T, ...]``, as for
+        :func:`sequence`.
+      platforms: where the program can run, as for :func:`sequence`.
+
+    Returns:
+      The program.
 
     Raises:
-      TypeError: a cell in the place of a layer.
-      ValueError: the layer is not causal, or has not one output a step; or what
-        :func:`sequence` refuses.
+      TypeError: a cell is in the place of the layer.
+      ValueError: the layer is not causal, or has not one output for each step; or
+        :func:`sequence` would refuse it.
 
     Example:
       >>> layer, xs = jlstm.RNN(jlstm.Elman(4)), jnp.ones((1, 1, 3))
@@ -147,16 +157,17 @@ def step(
 
 
 def save(path: str | os.PathLike[str], program: jax.export.Exported) -> None:
-    """Writes a program to a file, all or nothing; one that is there is replaced.
+    """Writes a program to a file, whole or not at all.
 
-    The file is what ``program.serialize()`` returns, and after it a hash.
+    A file that is there is replaced. The file is what ``program.serialize()`` returns,
+    followed by a hash. It needs the extra ``export`` (flatbuffers).
 
     Args:
-      path: of the file; folders are made.
-      program: of :func:`sequence` or :func:`step`.
+      path: of the file; missing folders are made.
+      program: what :func:`sequence` or :func:`step` made.
 
     Raises:
-      ImportError: without flatbuffers.
+      ImportError: flatbuffers is not installed.
       ValueError: the layer's outputs have a class that the format lacks.
 
     Example:
@@ -184,17 +195,20 @@ def save(path: str | os.PathLike[str], program: jax.export.Exported) -> None:
 def load(path: str | os.PathLike[str]) -> jax.export.Exported:
     """Reads the program that :func:`jlstm.export.save` wrote.
 
-    A program computes what it was made to: load those of people whom you trust. Each
-    ``program.call`` outside of ``jax.jit`` is prepared anew, so jit it.
+    A program runs whatever it was made of: load none from people whom you do not trust.
+    Outside of ``jax.jit`` each ``program.call`` is prepared anew, so call it inside.
 
     Args:
       path: of the file.
 
+    Returns:
+      The program.
+
     Raises:
       FileNotFoundError: there is no file at ``path``.
-      ImportError: without flatbuffers.
-      ValueError: it holds no program, has other bytes than were written, or is too old
-        or too new for this JAX.
+      ImportError: flatbuffers is not installed.
+      ValueError: the file holds no program, has other bytes than were written, or is
+        too old or too new for this JAX.
 
     Example:
       See :func:`save`.

@@ -1,4 +1,4 @@
-"""The other way round: any layer as a module of Flax."""
+"""Any layer as a module of Flax; :func:`jlstm.lift` goes the other way."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from jlstm.types import Array, Layer, PyTree, is_inexact
 class Module(nnx.Module):
     """Any layer or model as an ``nnx.Module``.
 
-    The leaves of the params are each an ``nnx.Param``, under ``weights`` and then the
-    path that they have in the params, so that ``nnx.state``, ``nnx.grad``, ``nnx.jit``,
-    ``nnx.Optimizer`` and checkpoints see what they are used to.
+    Each leaf of the params is an ``nnx.Param``, under ``weights`` and then its path in
+    the params. So ``nnx.state``, ``nnx.grad``, ``nnx.jit``, ``nnx.Optimizer`` and
+    checkpoints treat it like any other module. Leaves that are not floating are an
+    ``nnx.Variable``, since they have no gradient.
 
     Attributes:
       layer: the layer.
+      weights: the params, as ``nnx.Param`` in nested dicts.
 
     Example:
       >>> from flax import nnx
@@ -42,15 +44,17 @@ class Module(nnx.Module):
     ) -> None:
         """Makes params by ``layer.init``, or takes those that exist.
 
+        Give ``xs`` and ``rngs``, or ``params``.
+
         Args:
           layer: a layer or model.
           xs: an example of its input, arrays or ``jax.ShapeDtypeStruct``.
           rngs: draws the params, from the stream ``params``.
-          params: those of the layer, in the place of ``xs`` and ``rngs``.
+          params: existing params of the layer.
 
         Raises:
-          TypeError: a cell in the place of a layer.
-          ValueError: neither ``xs`` and ``rngs``, nor ``params``.
+          TypeError: a cell is in the place of the layer.
+          ValueError: neither ``xs`` and ``rngs`` nor ``params`` are given, or both.
         """
         check_layer_field("flax.Module.layer", layer)
         if (params is None) == (xs is None or rngs is None):
@@ -75,7 +79,7 @@ class Module(nnx.Module):
 
     @property
     def params(self) -> PyTree:
-        """The params, as the layer takes them."""
+        """The params in the structure that the layer takes."""
         leaves = []
         for names in self.paths:
             inner: Any = self.weights
@@ -95,19 +99,22 @@ class Module(nnx.Module):
         key: Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[PyTree, PyTree]:
-        """Runs the layer and returns ``(ys, carry)``.
+        """Runs the layer.
 
         Args:
           xs: inputs ``[B, T, ...]``.
           carry: the incoming carry; ``None`` means the fresh one.
-          lengths: as of :func:`jlstm.unroll`, as are the rest.
-          mask: as above.
-          resets: as above.
-          key: draws noise; ``None`` is the deterministic form.
-          rngs: draws the key from its stream ``dropout``.
+          lengths: the number of valid steps in each row, as for :func:`jlstm.unroll`.
+          mask: true at valid steps, as for :func:`jlstm.unroll`.
+          resets: boundaries within rows, as for :func:`jlstm.unroll`.
+          key: a typed key for noise; ``None`` means no noise.
+          rngs: gives the key, from its stream ``dropout``, instead of ``key``.
+
+        Returns:
+          ``(ys, carry)``, as ``layer.apply`` does.
 
         Raises:
-          ValueError: both ``key`` and ``rngs``.
+          ValueError: both ``key`` and ``rngs`` are given.
         """
         if rngs is not None:
             if key is not None:

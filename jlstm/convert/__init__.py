@@ -1,9 +1,9 @@
-"""Weights of other libraries in and out: exact, or refused by name.
+"""Weights of other libraries in and out: converted exactly, or refused by name.
 
-Each pair of functions has one shape::
+All pairs of functions are called alike::
 
     layer, params = from_torch(weights)         # the layer is made from the weights
-    layer, params = from_torch(weights, layer)  # or they must fit one of yours
+    layer, params = from_torch(weights, layer)  # the weights must fit a layer of yours
     weights = to_torch(layer, params)
 
 ================= =============================== ==================================
@@ -22,11 +22,13 @@ functions         weights                         of
 ``from_jax_rnn``  a vector                        ``jax.experimental.rnn.lstm``
 ================= =============================== ==================================
 
-No library needs to be installed: weights are dicts and lists of arrays, in and out, and
-dtypes are kept. Of a larger model, ``prefix=`` chooses the part. What weights do not
-tell, such as an activation, is the library's default, or as ``layer`` has it. Where a
-library holds one bias and ours two, or the other way round, they are added; a learned
-fresh carry, which no library has, is refused unless it is zero.
+The other library need not be installed: weights are dicts and lists of arrays, in and
+out, and keep their dtypes. ``prefix=`` picks the recurrent part out of a larger model.
+
+Weights do not tell everything, such as an activation. It is then that of ``layer``, or
+the other library's default if no layer is given. Where one side has one bias and the
+other two, the two are added, or the second is zero. No other library has a learned
+fresh carry, so one that is not zero is refused.
 """
 
 from jlstm.convert.equinox import from_equinox, to_equinox

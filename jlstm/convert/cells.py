@@ -1,4 +1,4 @@
-"""Weights of our cells in one form, in NumPy, from which and to which peers convert."""
+"""Weights of cells in one form, in NumPy, between this library and the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RELU: tuple[Any, ...] = (jax.nn.relu,)
 
 
 class Weights(NamedTuple):
-    """Weights of one cell; ``G`` is gates times ``H``, ``R`` what the cell emits."""
+    """Weights of one cell; ``G`` is gates times ``H``, ``R`` the size of its output."""
 
     w_ih: np.ndarray  # [*K, D, G]
     w_hh: np.ndarray  # [*K, R, G]
@@ -29,7 +29,7 @@ class Weights(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What is to be known of a kind of cell."""
+    """What must be known of a kind of cell."""
 
     params: Any
     gates: int
@@ -51,7 +51,7 @@ def inner(cell: Any) -> Any:
 
 
 def emits(cell: Any) -> int:
-    """How many features a cell emits, and takes back."""
+    """The number of features that a cell outputs, and reads at the next step."""
     return getattr(cell, "proj_size", cell.hidden_size)
 
 

@@ -30,12 +30,12 @@ LEAVES = ("weight_ih", "weight_hh", "bias", "bias_n")
 
 
 def from_equinox(cell: Any, layer: Any = None) -> tuple[Any, PyTree]:
-    """Converts the weights of an ``LSTMCell`` or ``GRUCell``.
+    """Converts the weights of an Equinox ``LSTMCell`` or ``GRUCell``.
 
     Args:
-      cell: the cell, or a dict of its arrays; a list of cells for a ``layer`` of
-        several: by depth, forward first.
-      layer: the layer to fill; an ``RNN`` of the cell, if there is none.
+      cell: the cell, or a dict of its arrays by field. For a ``layer`` of several
+        cells, a list of them: by depth, forward before backward.
+      layer: the layer to fill; ``None`` makes an ``RNN`` of the cell.
 
     Returns:
       ``(layer, params)``.
@@ -67,21 +67,25 @@ def from_equinox(cell: Any, layer: Any = None) -> tuple[Any, PyTree]:
 
 
 def to_equinox(layer: Any, params: PyTree, *, bias: bool = True) -> Any:
-    """Converts params to the arrays of an ``LSTMCell`` or ``GRUCell``.
+    """Converts params to the arrays of an Equinox ``LSTMCell`` or ``GRUCell``.
 
-    Put them into a cell by ``eqx.tree_at(lambda c: [getattr(c, n) for n in arrays],
-    cell, list(map(jnp.array, arrays.values())))``.
+    Put them into a cell by::
+
+        names, values = list(arrays), list(map(jnp.array, arrays.values()))
+        cell = eqx.tree_at(lambda c: [getattr(c, n) for n in names], cell, values)
 
     Args:
-      layer: an ``RNN``; one of several cells gives a list: by depth, forward first.
+      layer: an ``RNN``, or a layer of several cells.
       params: its params.
       bias: false for cells without biases.
 
     Returns:
-      A dict of NumPy arrays by field, or a list of them.
+      A dict of NumPy arrays by field; of several cells, a list of them: by depth,
+      forward before backward.
 
     Raises:
-      ValueError: Equinox has no such cell, or ``bias=False`` would lose a bias.
+      ValueError: Equinox has no such cell, or ``bias=False`` would lose a bias that is
+        not zero.
 
     Example:
       >>> layer, xs = jlstm.RNN(jlstm.GRU(8)), jnp.ones((2, 5, 3))

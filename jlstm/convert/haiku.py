@@ -1,8 +1,8 @@
 """Haiku's ``LSTM``, ``GRU``, ``VanillaRNN``, ``Conv2DLSTM``, and ``DeepRNN`` of them.
 
-The LSTM has one matrix of inputs and carry, gates i, g, f, o, and adds 1 to f when it
-runs; here that is in the bias, rounded once. The GRU resets before the product, and its
-z is our ``1 - z``. The ``VanillaRNN`` has a ReLU.
+The LSTM has one matrix for inputs and carry, with gates in the order i, g, f, o, and
+adds 1 to f whenever it runs; here that 1 is in the bias, rounded once. The GRU resets
+before the product, and its z is ``1 - z`` here. The ``VanillaRNN`` has a ReLU.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ Z_FIRST = (1, 0, 2)  # from z, r, n to r, z, n, and back
 def from_haiku(
     params: Mapping[str, Any], layer: Any = None, *, prefix: str = ""
 ) -> tuple[Any, PyTree]:
-    """Converts the params of ``hk.LSTM``, ``hk.GRU`` or ``hk.VanillaRNN``.
+    """Converts params of Haiku's ``LSTM``, ``GRU``, ``VanillaRNN`` or ``Conv2DLSTM``.
 
     Args:
-      params: of ``hk.transform``.
-      layer: the layer to fill; needed for several cores, as of ``hk.DeepRNN``, which
-        then have the names that Haiku gives: ``lstm``, ``lstm_1``, ``gru``.
-      prefix: of the names, such as ``"model/~/"``, or ``"encoder/"`` for a core that is
-        called so; other names are left alone.
+      params: the params of ``hk.transform``, a dict of dicts.
+      layer: the layer to fill. ``None`` makes it, from the params of a single core.
+        Several cores, as in ``hk.DeepRNN``, need one, and must have the names that
+        Haiku gives: ``lstm``, ``lstm_1``, ``gru``. A ``Conv2DLSTM`` needs one too.
+      prefix: what the names begin with, such as ``"model/~/"``, or ``"encoder/"`` for a
+        core of that name; other names are left alone.
 
     Returns:
       ``(layer, params)``.
@@ -75,12 +76,16 @@ def from_haiku(
 def to_haiku(
     layer: Any, params: PyTree, *, prefix: str = ""
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Converts params to those of ``hk.LSTM``, ``hk.GRU`` or ``hk.VanillaRNN``.
+    """Converts params to those of Haiku's ``LSTM``, ``GRU`` or ``VanillaRNN``.
 
     Args:
-      layer: ``RNN``, or a stack, which gives the params of ``hk.DeepRNN``.
+      layer: an ``RNN``, or a stack, which gives the params of an ``hk.DeepRNN``.
       params: its params.
-      prefix: of the names that Haiku gives, ``lstm``, ``lstm_1`` and so on.
+      prefix: what to put before the names that Haiku gives: ``lstm``, ``lstm_1`` and so
+        on.
+
+    Returns:
+      A dict of dicts of NumPy arrays.
 
     Raises:
       ValueError: Haiku has no place for the layer.

@@ -1,7 +1,7 @@
 """``jax.experimental.rnn``: the LSTM of cuDNN, with all weights in one vector.
 
-It holds the matrices of PyTorch, layer by layer, forward first, each by rows; and then
-the biases in the same order.
+The vector holds PyTorch's matrices, layer by layer and forward before backward, each
+row by row; then the biases in the same order.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def from_jax_rnn(weights: Any, layer: Any) -> tuple[Any, PyTree]:
     """Converts the weights of ``jax.experimental.rnn.lstm``.
 
     Args:
-      weights: the vector ``[P]``, as of ``init_lstm_weight``.
-      layer: the layer to fill, which the vector cannot tell: an ``RNN`` or
-        ``bidirectional`` of an ``LSTM``, or a stack of them. Its ``double_bias`` says
-        whether both biases are kept, as training needs, or added.
+      weights: the vector ``[P]``, as ``init_lstm_weight`` makes it.
+      layer: the layer to fill, which a vector cannot tell: an ``RNN`` or
+        ``bidirectional`` of an ``LSTM``, or a stack of them. With ``double_bias=True``
+        both biases are kept, as further training needs; otherwise they are added.
 
     Returns:
       ``(layer, params)``.
 
     Raises:
-      ValueError: the vector has another size than any number of inputs makes, or there
-        is no such layer.
+      ValueError: no number of inputs makes a vector of this size, or there is no such
+        layer.
 
     Example:
       >>> layer = jlstm.bidirectional(jlstm.LSTM(4, double_bias=True))
@@ -69,12 +69,15 @@ def from_jax_rnn(weights: Any, layer: Any) -> tuple[Any, PyTree]:
 
 
 def to_jax_rnn(layer: Any, params: PyTree) -> np.ndarray:
-    """Converts params to the vector of ``jax.experimental.rnn.lstm``, in NumPy.
+    """Converts params to the vector of ``jax.experimental.rnn.lstm``.
 
     Args:
       layer: an ``RNN`` or ``bidirectional`` of an ``LSTM``, or a stack of them, all of
         one size.
       params: its params.
+
+    Returns:
+      The vector ``[P]``, in NumPy.
 
     Raises:
       ValueError: there is no such layer.

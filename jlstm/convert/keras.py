@@ -1,7 +1,7 @@
 """Keras 3: ``LSTM``, ``GRU``, ``SimpleRNN``, ``ConvLSTM2D``, both ways, stacked cells.
 
-The LSTM has our matrices and order of gates; the GRU has z, r, h, and two rows of
-biases where it resets after the product.
+The LSTM has the same matrices and order of gates as here. The GRU has the order z, r,
+h, and two rows of biases if it resets after the product.
 """
 
 from __future__ import annotations
@@ -43,28 +43,29 @@ TWO = [Place(directions=2), Place(direction=1, directions=2)]
 def from_keras(
     weights: Any, layer: Any = None, *, prefix: str = ""
 ) -> tuple[Any, PyTree]:
-    """Converts the weights of an LSTM, GRU, SimpleRNN, ConvLSTM, or of Bidirectional.
+    """Converts the weights of Keras' recurrent layers, and of ``Bidirectional``.
 
     A GRU that resets after the product keeps its two biases (``double_bias=True``),
-    which are added where ``layer`` has cells with one. Layers without biases give
-    zeros.
+    unless ``layer`` has cells with one, for which they are added. Layers without biases
+    give zeros.
 
     Args:
       weights: ``layer.get_weights()``; or ``{v.path: v for v in layer.weights}``; or
-        the layer of Keras, whose config is then read too.
-      layer: the layer to fill. Without one it is made from the weights, which do not
-        tell activations or how directions are merged: tanh and ``"concat"`` are taken,
-        unless there is a layer of Keras. It is needed for a list of more than one
-        cell, for ``StackedRNNCells`` or several layers, which are a ``stack``, and for
-        a ``ConvLSTM``.
-      prefix: of the paths, such as ``"model/lstm/"``; other paths are left alone.
+        the Keras layer itself, whose config is then read too.
+      layer: the layer to fill. ``None`` makes it from the weights, which do not tell
+        activations or how directions are merged: unless a Keras layer is given, tanh
+        and ``"concat"`` are taken. It is needed for a list of more than one cell, for
+        ``StackedRNNCells`` or several layers, which are a ``stack`` here, and for a
+        ``ConvLSTM``.
+      prefix: what the paths begin with, such as ``"model/lstm/"``; other paths are left
+        alone.
 
     Returns:
       ``(layer, params)``.
 
     Raises:
-      ValueError: a tensor is missing, left over or of another shape, or Keras has no
-        such layer, or has one that there is not here.
+      ValueError: a tensor is missing, left over or of another shape, or one of the two
+        libraries has no such layer.
 
     Example:
       >>> weights = [np.ones(shape, np.float32) for shape in ((3, 32), (8, 32), (32,))]
@@ -91,16 +92,20 @@ def from_keras(
 
 
 def to_keras(layer: Any, params: PyTree, *, bias: bool = True) -> list[np.ndarray]:
-    """Converts params to a list for ``set_weights``.
+    """Converts params to a list for ``set_weights`` of Keras.
 
     Args:
-      layer: ``RNN`` or ``bidirectional``; a stack gives the list of ``RNN`` with
-        ``StackedRNNCells``, or of a ``Sequential`` of recurrent layers.
+      layer: ``RNN`` or ``bidirectional``; a stack gives the list for an ``RNN`` of
+        ``StackedRNNCells``, or for a ``Sequential`` of recurrent layers.
       params: its params.
       bias: false for layers with ``use_bias=False``.
 
+    Returns:
+      A list of NumPy arrays.
+
     Raises:
-      ValueError: Keras has no place for the layer, or ``bias=False`` would lose one.
+      ValueError: Keras has no place for the layer, or ``bias=False`` would lose a bias
+        that is not zero.
 
     Example:
       >>> layer, xs = jlstm.RNN(jlstm.GRU(8)), jnp.ones((2, 5, 3))

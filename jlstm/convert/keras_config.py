@@ -1,4 +1,4 @@
-"""What layers of Keras tell of themselves."""
+"""What the configs of Keras layers tell."""
 
 from __future__ import annotations
 

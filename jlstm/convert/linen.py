@@ -1,7 +1,7 @@
 """Flax Linen: ``nn.RNN`` and ``nn.Bidirectional`` of cells, ``nn.Sequential`` of them.
 
-Each gate has kernels of its own, ``ii``, ``if``, ``ig``, ``io`` of inputs and ``hi``,
-``hf``, ``hg``, ``ho`` of the carry.
+Each gate has kernels of its own: ``ii``, ``if``, ``ig``, ``io`` for inputs and ``hi``,
+``hf``, ``hg``, ``ho`` for the carry.
 """
 
 from __future__ import annotations
@@ -46,17 +46,18 @@ KERNELS: dict[Any, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
 def from_linen(
     variables: Mapping[str, Any], layer: Any = None, *, prefix: str = ""
 ) -> tuple[Any, PyTree]:
-    """Converts the variables of ``nn.RNN`` or ``nn.Bidirectional``, or of a cell.
+    """Converts variables of Linen's ``nn.RNN`` or ``nn.Bidirectional``, or of a cell.
 
-    In a ``nn.compact`` method the parameters of ``nn.RNN(nn.LSTMCell(8))`` are those of
-    a cell, such as ``LSTMCell_0``: give ``prefix="LSTMCell_0/"``, and convert the two
-    directions of a ``nn.Bidirectional`` by two calls.
+    In an ``nn.compact`` method, the params of ``nn.RNN(nn.LSTMCell(8))`` have the name
+    of the cell, such as ``LSTMCell_0``: give ``prefix="LSTMCell_0/"``. Convert the two
+    directions of an ``nn.Bidirectional`` there by two calls.
 
     Args:
-      variables: of ``init``, with ``"params"`` or without.
-      layer: the layer to fill. Without one it is made from the variables, which do not
-        tell activations or how directions are merged: tanh and ``"concat"`` are taken.
-      prefix: of the path, such as ``"encoder/rnn/"``; other paths are left alone.
+      variables: what ``module.init`` returned, or its ``"params"``.
+      layer: the layer to fill. ``None`` makes it from the variables, which do not tell
+        activations or how directions are merged: tanh and ``"concat"`` are taken.
+      prefix: what the paths begin with, such as ``"encoder/rnn/"``; other paths are
+        left alone.
 
     Returns:
       ``(layer, params)``.
@@ -81,16 +82,16 @@ def from_linen(
 
 
 def to_linen(layer: Any, params: PyTree, *, prefix: str = "") -> dict[str, Any]:
-    """Converts params to the variables of ``nn.RNN`` or ``nn.Bidirectional``.
+    """Converts params to the variables of Linen's ``nn.RNN`` or ``nn.Bidirectional``.
 
     Args:
-      layer: ``RNN`` or ``bidirectional``; a stack gives the variables of
+      layer: ``RNN`` or ``bidirectional``; a stack gives the variables of an
         ``nn.Sequential``, a cell those of Linen's cell.
       params: its params.
-      prefix: of the path, such as ``"LSTMCell_0/"`` for a cell.
+      prefix: what to put before the paths, such as ``"LSTMCell_0/"`` for a cell.
 
     Returns:
-      ``{"params": ...}``, with NumPy arrays.
+      ``{"params": ...}``, nested dicts of NumPy arrays.
 
     Raises:
       ValueError: Linen has no place for the layer.

@@ -1,7 +1,8 @@
 """Flax NNX: ``nnx.RNN`` and ``nnx.Bidirectional`` of cells, ``nnx.Sequential`` of them.
 
-``OptimizedLSTMCell`` has our matrices, ``dense_i.kernel`` and ``dense_h.kernel``;
-``LSTMCell`` has one a gate; ``GRUCell`` has no bias beside its recurrent matrix.
+``OptimizedLSTMCell`` has the same matrices as here, ``dense_i.kernel`` and
+``dense_h.kernel``; ``LSTMCell`` has one for each gate; ``GRUCell`` has no bias beside
+its recurrent matrix.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ KERNELS = (("ii", "if_", "ig", "io"),) + (("hi", "hf", "hg", "ho"),) * 2
 def from_nnx(
     state: Mapping[Any, Any], layer: Any = None, *, prefix: str = ""
 ) -> tuple[Any, PyTree]:
-    """Converts the state of ``nnx.RNN`` or ``nnx.Bidirectional``, or of a cell.
+    """Converts the state of NNX's ``nnx.RNN`` or ``nnx.Bidirectional``, or of a cell.
 
     Args:
-      state: ``nnx.state(module)``, or a pure dict; random states in it are left alone.
-      layer: the layer to fill. Without one it is made from the state, which does not
-        tell activations or how directions are merged: tanh and ``"concat"`` are taken.
-      prefix: of the path, such as ``"encoder."``; other paths are left alone.
+      state: ``nnx.state(module)``, or a pure dict; the states of random generators in
+        it are left alone.
+      layer: the layer to fill. ``None`` makes it from the state, which does not tell
+        activations or how directions are merged: tanh and ``"concat"`` are taken.
+      prefix: what the paths begin with, such as ``"encoder."``; other paths are left
+        alone.
 
     Returns:
       ``(layer, params)``.
@@ -57,22 +60,24 @@ def from_nnx(
 def to_nnx(
     layer: Any, params: PyTree, *, prefix: str = "", optimized: bool = True
 ) -> dict[Any, Any]:
-    """Converts params to the state of ``nnx.RNN`` or ``nnx.Bidirectional``.
+    """Converts params to the state of NNX's ``nnx.RNN`` or ``nnx.Bidirectional``.
 
-    Load them by ``nnx.update(module, state)``.
+    Load it by ``nnx.update(module, state)``.
 
     Args:
-      layer: ``RNN`` or ``bidirectional``; a stack gives the state of
+      layer: ``RNN`` or ``bidirectional``; a stack gives the state of an
         ``nnx.Sequential``, a cell that of NNX's cell.
       params: its params.
-      prefix: of the path, such as ``"encoder."``.
-      optimized: false for ``nnx.LSTMCell`` in the place of ``OptimizedLSTMCell``.
+      prefix: what to put before the paths, such as ``"encoder."``.
+      optimized: true, the default, makes the state of an ``OptimizedLSTMCell``, false
+        that of an ``nnx.LSTMCell``.
 
     Returns:
-      A pure dict, with NumPy arrays.
+      A pure dict of NumPy arrays.
 
     Raises:
-      ValueError: NNX has no place for the layer, or for the recurrent bias of a GRU.
+      ValueError: NNX has no place for the layer, or for a GRU's bias inside the reset
+        gate.
 
     Example:
       >>> layer, xs = jlstm.RNN(jlstm.LSTM(8)), jnp.ones((2, 5, 3))

@@ -1,7 +1,7 @@
 """PyTorch's ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, and their cells.
 
-Gates are in our order; matrices are transposed to ours, ``weight_ih_l0 [4H, D]``; there
-are two biases, or none. An LSTM with ``proj_size`` is our ``LSTMP``.
+Gates are in the same order as here. Matrices are transposed, ``weight_ih_l0 [4H, D]``;
+there are two biases, or none. An LSTM with ``proj_size`` is an ``LSTMP`` here.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ BIASES = ("bias_ih", "bias_hh")
 def from_torch(
     weights: Any, layer: Any = None, *, prefix: str = ""
 ) -> tuple[Any, PyTree]:
-    """Converts the weights of an LSTM, GRU, RNN, or of such a cell, of PyTorch.
+    """Converts weights of PyTorch's ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` or their cells.
 
-    Both biases are kept, as training needs (``double_bias=True``); they are added where
-    ``layer`` has cells with one. A module without biases gives zeros.
+    Both biases are kept (``double_bias=True``), as further training needs, unless
+    ``layer`` has cells with one, for which they are added. A module without biases
+    gives zeros.
 
     Args:
-      weights: a ``state_dict``, of tensors or arrays; or the module.
-      layer: the layer to fill. Without one it is made from the weights, which do not
-        tell the activation of an ``nn.RNN``: tanh is taken, unless there is a module.
-      prefix: of the names, such as ``"encoder.rnn."``; other names are left alone.
+      weights: a ``state_dict``, of tensors or arrays; or the module itself.
+      layer: the layer to fill. ``None`` makes it from the weights, which do not tell
+        the activation of an ``nn.RNN``: unless the module is given, tanh is taken.
+      prefix: what the names begin with, such as ``"encoder.rnn."``; other names are
+        left alone.
 
     Returns:
       ``(layer, params)``.
@@ -77,20 +79,25 @@ def from_torch(
 def to_torch(
     layer: Any, params: PyTree, *, prefix: str = "", bias: bool = True
 ) -> dict[str, np.ndarray]:
-    """Converts params to a ``state_dict`` of NumPy arrays.
+    """Converts params to a ``state_dict`` for PyTorch, of NumPy arrays.
 
-    One bias becomes ``bias_ih``, and ``bias_hh`` zero. Load them by
-    ``module.load_state_dict({n: torch.tensor(a) for n, a in arrays.items()})``.
+    Load it by
+    ``module.load_state_dict({n: torch.tensor(a) for n, a in arrays.items()})``. A cell
+    with one bias has it in ``bias_ih``, and zeros in ``bias_hh``.
 
     Args:
-      layer: ``RNN``, ``bidirectional``, or a stack of one of them, with dropout between
-        or not, all of one size; a cell gives the names of PyTorch's cell.
+      layer: ``RNN``, ``bidirectional``, or a stack of one of them, with or without
+        dropout between, all of one size; a cell gives the names of PyTorch's cell.
       params: its params.
-      prefix: of the names.
+      prefix: what to put before the names, such as ``"encoder.rnn."``.
       bias: false for a module without biases.
 
+    Returns:
+      A dict of NumPy arrays by name.
+
     Raises:
-      ValueError: PyTorch has no place for the layer, or ``bias=False`` would lose one.
+      ValueError: PyTorch has no place for the layer, or ``bias=False`` would lose a
+        bias that is not zero.
 
     Example:
       >>> layer, xs = jlstm.RNN(jlstm.GRU(8)), jnp.ones((2, 5, 3))

@@ -1,4 +1,4 @@
-"""Sequence to answer: one file a task, meant to be read and copied."""
+"""Models, whose first result is an answer; one file a task, to be read and copied."""
 
 from jlstm.models.classifier import Classifier, ClassifierParams
 from jlstm.models.language_model import LanguageModel, LanguageModelParams

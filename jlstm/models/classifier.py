@@ -1,4 +1,4 @@
-"""One answer a sequence."""
+"""One answer for each sequence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from jlstm.types import Array, PyTree, check_positive, config
 
 @struct.dataclass
 class ClassifierParams:
-    """Params of a classifier."""
+    """Params of a classifier.
+
+    Attributes:
+      encoder: those of the encoder.
+      head: those of the affine map from the pooled vector to logits, a
+        :class:`jlstm.DenseParams`.
+    """
 
     encoder: PyTree
     head: PyTree
@@ -25,12 +31,15 @@ class ClassifierParams:
 class Classifier:
     r"""Classifies whole sequences: :math:`\mathrm{logits} = W\,\mathrm{pool}(y) + b`.
 
-    A row without valid steps gets the bias alone, which learns the prior.
+    The encoder's outputs :math:`y` are pooled over time to one vector. A row without
+    valid steps has a vector of zeros, so its logits are the bias, which learns how
+    frequent the classes are.
 
     Attributes:
       encoder: any layer.
-      num_classes: number of logits.
-      pooling: how outputs become one vector, see :func:`jlstm.pool`.
+      num_classes: the number of logits, one for each class.
+      pooling: how the outputs become one vector: ``"last"``, the default, ``"first"``,
+        ``"mean"``, ``"max"`` or ``"sum"``; see :func:`jlstm.pool`.
 
     Example:
       >>> model = jlstm.Classifier(jlstm.bidirectional(jlstm.LSTM(8)), num_classes=2)
@@ -81,7 +90,20 @@ class Classifier:
         resets: Array | None = None,
         key: Array | None = None,
     ) -> tuple[Array, PyTree]:
-        """Returns ``(logits [B, num_classes], carry)``."""
+        """Computes one vector of logits for each row.
+
+        Args:
+          params: what ``init`` made.
+          xs: what the encoder takes, ``[B, T, ...]``.
+          carry: the incoming carry of the encoder; ``None`` means the fresh one.
+          lengths: the number of valid steps in each row, as for :func:`jlstm.unroll`.
+          mask: true at valid steps, as for :func:`jlstm.unroll`.
+          resets: boundaries within rows, as for :func:`jlstm.unroll`.
+          key: a typed key for noise; ``None`` means no noise.
+
+        Returns:
+          ``(logits, carry)``, the logits ``[B, num_classes]``.
+        """
         masking: dict[str, Any] = {
             "lengths": lengths,
             "mask": mask,

@@ -26,27 +26,40 @@ from jlstm.types import (
 
 @struct.dataclass
 class LanguageModelParams:
-    """Params of a language model."""
+    """Params of a language model.
+
+    Attributes:
+      embed: the table of the symbols' vectors, an :class:`jlstm.EmbedParams`.
+      body: those of the body.
+      w: weights of the logits, ``[H, V]``; ``None`` where the table is used for them.
+      b: biases of the logits, ``[V]``.
+    """
 
     embed: EmbedParams
     body: PyTree
-    w: Array | None  # [H, V]; None where the embedding is tied
-    b: Array  # [V]
+    w: Array | None
+    b: Array
 
 
 @config
 class LanguageModel:
-    r"""Predicts the next symbol.
+    r"""Predicts the next symbol at every step.
 
     .. math::
         p(x_{t+1} \mid x_{\le t}) = \mathrm{softmax}(W y_t + b)
 
+    where :math:`y_t` is the body's output at step t.
+
     Attributes:
       body: any causal layer on vectors, such as ``RNN(LSTM(256))``.
-      vocab_size: ``V``.
-      embed_size: features of a symbol's vector.
-      tied: uses the embedding for ``W``; the body must then return ``embed_size``
-        features (Press & Wolf, 2017).
+      vocab_size: ``V``, the number of symbols; ids are integers from 0 to V - 1.
+      embed_size: the number of features of a symbol's vector, which the body takes.
+      tied: true uses the table of the vectors for ``W`` too, which saves ``V * H``
+        params (Press & Wolf, 2017). The body must then return ``embed_size`` features.
+
+    Raises:
+      ValueError: on construction, if the body is not causal: it would see the symbol
+        that it is to predict.
 
     Example:
       >>> model = jlstm.LanguageModel(jlstm.RNN(jlstm.LSTM(8)), 10, embed_size=4)
@@ -77,7 +90,7 @@ class LanguageModel:
         return Embed(self.vocab_size, self.embed_size, table_init=init)
 
     def check(self, xs: Array) -> None:
-        """Refuses concrete ids outside the vocabulary."""
+        """Refuses ids outside the vocabulary, where their values are known."""
         self._embed.check(xs)
 
     def init(self, key: Array, xs: Array) -> LanguageModelParams:
@@ -116,7 +129,20 @@ class LanguageModel:
         resets: Array | None = None,
         key: Array | None = None,
     ) -> tuple[Array, PyTree]:
-        """Returns ``(logits [B, T, V], carry)`` for tokens ``xs [B, T]``."""
+        """Computes the logits of the next symbol at every step.
+
+        Args:
+          params: what ``init`` made.
+          xs: token ids, ``[B, T]`` integers.
+          carry: the incoming carry of the body; ``None`` means the fresh one.
+          lengths: the number of valid steps in each row, as for :func:`jlstm.unroll`.
+          mask: true at valid steps, as for :func:`jlstm.unroll`.
+          resets: boundaries within rows, as for :func:`jlstm.unroll`.
+          key: a typed key for noise; ``None`` means no noise.
+
+        Returns:
+          ``(logits, carry)``, the logits ``[B, T, V]``, zeros at masked steps.
+        """
         masking: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
         ys, carry = self.features(params, xs, carry, key=key, **masking)
         w, b = self.head(params)
@@ -140,10 +166,22 @@ class LanguageModel:
         resets: Array | None = None,
         key: Array | None = None,
     ) -> tuple[Array, PyTree]:
-        """Returns ``(ys [B, T, D], carry)``, what the head makes logits of.
+        """Computes the body's outputs, of which the head makes logits.
 
-        A loss that never holds the logits takes them:
+        It is for a loss that never holds the logits of all steps:
         ``train.projected_cross_entropy(ys, *model.head(params), labels)``.
+
+        Args:
+          params: what ``init`` made.
+          xs: token ids, ``[B, T]`` integers.
+          carry: as for ``apply``, as are the rest.
+          lengths: as for ``apply``.
+          mask: as for ``apply``.
+          resets: as for ``apply``.
+          key: as for ``apply``.
+
+        Returns:
+          ``(ys, carry)``, the outputs ``[B, T, H]``.
         """
         masking: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
         valid_steps(xs, **masking, where="LanguageModel")
@@ -157,6 +195,10 @@ class LanguageModel:
         )
 
     def head(self, params: LanguageModelParams) -> tuple[Array, Array]:
-        """Returns the softmax's ``w [D, V]`` and ``b [V]``."""
+        """Returns the weights ``[H, V]`` and the biases ``[V]`` of the logits.
+
+        Args:
+          params: what ``init`` made.
+        """
         w = params.embed.table.T if params.w is None else params.w
         return w, params.b

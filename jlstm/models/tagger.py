@@ -1,4 +1,4 @@
-"""One answer a step."""
+"""One answer for each step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from jlstm.types import Array, PyTree, check_positive, config
 
 @struct.dataclass
 class TaggerParams:
-    """Params of a tagger."""
+    """Params of a tagger.
+
+    Attributes:
+      encoder: those of the encoder.
+      head: those of the affine map from outputs to logits, a
+        :class:`jlstm.DenseParams`.
+    """
 
     encoder: PyTree
     head: PyTree
@@ -26,8 +32,8 @@ class Tagger:
     r"""Labels every step: :math:`\mathrm{logits}_t = W y_t + b`.
 
     Attributes:
-      encoder: any layer.
-      num_tags: number of logits.
+      encoder: any layer, whose output at step t is :math:`y_t`.
+      num_tags: the number of logits, one for each label.
 
     Example:
       >>> model = jlstm.Tagger(jlstm.bidirectional(jlstm.LSTM(8)), num_tags=5)
@@ -63,7 +69,7 @@ class Tagger:
     def retime(
         self, lengths: Array | None, mask: Array | None, resets: Array | None
     ) -> tuple[Array | None, Array | None, Array | None]:
-        """Retimes as the encoder does."""
+        """Tells what lengths, mask and resets are for the logits."""
         return retime(self.encoder, lengths, mask, resets)
 
     def apply(
@@ -77,7 +83,20 @@ class Tagger:
         resets: Array | None = None,
         key: Array | None = None,
     ) -> tuple[Array, PyTree]:
-        """Returns ``(logits [B, T, num_tags], carry)``, zeros at masked steps."""
+        """Computes one vector of logits for each step.
+
+        Args:
+          params: what ``init`` made.
+          xs: what the encoder takes, ``[B, T, ...]``.
+          carry: the incoming carry of the encoder; ``None`` means the fresh one.
+          lengths: the number of valid steps in each row, as for :func:`jlstm.unroll`.
+          mask: true at valid steps, as for :func:`jlstm.unroll`.
+          resets: boundaries within rows, as for :func:`jlstm.unroll`.
+          key: a typed key for noise; ``None`` means no noise.
+
+        Returns:
+          ``(logits, carry)``, the logits ``[B, T, num_tags]``, zeros at masked steps.
+        """
         masking: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
         ys, carry = run_layer(
             "encoder", self.encoder, params.encoder, xs, carry, key=key, **masking

@@ -1,4 +1,4 @@
-"""A layer and its params in one file, which is data and runs no code."""
+"""Files that hold a layer and its params, as data: reading them runs no code."""
 
 from jlstm.saved.layer import load, save
 

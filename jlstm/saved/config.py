@@ -1,7 +1,7 @@
 """A config as JSON.
 
-Tuples are lists. What is neither a number, a string, nor ``None`` is an object that
-says of which class it is, or which function.
+Tuples become lists. A value that is neither a number, nor a string, nor ``None``
+becomes an object that names its class, or the function.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def decode(node: Any, place: Place) -> Any:
 
 
 def differences(stored: Any, value: Any, place: str) -> Iterator[str]:
-    """Says in which fields a config is not the one that was stored."""
+    """Says in which fields a config differs from the stored one."""
     given = encode(value, place)
     if _is_object(stored) and _is_object(given) and stored["class"] == given["class"]:
         fields, defaults = fields_of(value) or {}, None

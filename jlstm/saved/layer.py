@@ -20,22 +20,23 @@ NOT_OURS = "load: the layer in {} is not described as by jlstm.save"
 
 
 def save(path: str | os.PathLike[str], layer: Layer, params: PyTree) -> None:
-    """Writes a layer and its params to one ``.safetensors`` file, all or nothing.
+    """Writes a layer and its params to one ``.safetensors`` file, whole or not at all.
 
-    A tensor has the path of its leaf for a name, as ``forward/w_hh``. The metadata hold
-    the layer as JSON, and hashes of it and of all tensors. A file that is there is
-    replaced.
+    A file that is there is replaced. Each tensor has the path of its leaf for a name,
+    such as ``forward/w_hh``. The metadata hold the layer as JSON, and hashes of both,
+    so that damage is noticed. It needs the extra ``weights`` (safetensors).
 
     Args:
-      path: of the file; folders are made.
-      layer: a layer or model, whose configs are frozen dataclasses.
-      params: its params, of dicts, lists, tuples, NamedTuples and dataclasses.
+      path: of the file, which should end in ``.safetensors``; missing folders are made.
+      layer: a layer or model. It must be made of frozen dataclasses, as all layers of
+        this library are.
+      params: its params, made of dicts, lists, tuples, NamedTuples and dataclasses.
 
     Raises:
-      ImportError: without safetensors.
-      TypeError: a cell in the place of a layer.
-      ValueError: the params are not those of the layer, or one is of a type that no
-        file holds, such as a typed PRNG key; or a field of a config is.
+      ImportError: safetensors is not installed.
+      TypeError: a cell is in the place of the layer.
+      ValueError: the params are not those of the layer; or a param or a field of a
+        config has a type that the file cannot hold, such as a typed PRNG key.
 
     Example:
       >>> import tempfile
@@ -64,29 +65,30 @@ def save(path: str | os.PathLike[str], layer: Layer, params: PyTree) -> None:
 def load(
     path: str | os.PathLike[str], layer: Layer | None = None
 ) -> tuple[Any, PyTree]:
-    """Reads what :func:`jlstm.save` wrote, after all of it is checked.
+    """Reads what :func:`jlstm.save` wrote, after checking all of it.
 
-    Nothing is imported or called because a file names it. Without a layer, all classes
-    and functions in the file must be jlstm's own, or activations of ``jax.nn`` and
-    ``jax.numpy``. Any other needs the layer, which is compared with the one that was
-    saved; only the ways in which they are computed (``implementation``,
-    ``checkpoint_every``) may differ.
+    Nothing is imported or called because a file names it. Without ``layer``, the file
+    may name no classes and functions but those of this library, and activations of
+    ``jax.nn`` and ``jax.numpy``. With ``layer``, it may name others too, and the given
+    layer is compared with the one in the file. Only ``implementation`` and
+    ``checkpoint_every``, which change no result, may differ.
 
     Args:
       path: of the file.
-      layer: the layer that was saved; ``None`` makes it from the file. The array of a
-        ``jlstm.init.Pretrained`` is not there: one that is made compares equal, and
-        cannot init again.
+      layer: the layer that was saved; needed if it has classes or functions of your
+        own. ``None``, the default, makes the layer from the file. The array of a
+        ``jlstm.init.Pretrained`` is not in the file, so that a layer made from it
+        cannot ``init`` again.
 
     Returns:
       ``(layer, params)``.
 
     Raises:
       FileNotFoundError: there is no file at ``path``.
-      ImportError: without safetensors.
-      ValueError: it is no whole file of :func:`save`, or not as it was written; it is
-        of another layer (a line for each field); or it has a class or function of
-        yours, which needs the layer.
+      ImportError: safetensors is not installed.
+      ValueError: the file is not one of :func:`jlstm.save`, is damaged, holds another
+        layer (the message has a line for each field), or names a class or function of
+        your own while no layer is given.
 
     Example:
       See :func:`save`.

@@ -1,7 +1,7 @@
-"""What a name in a file may stand for.
+"""The classes and functions that a name in a file may stand for.
 
-Files name classes and functions; none is imported or called on that account. A name is
-looked up in tables of what is known already.
+Files name classes and functions, and none is imported or called on that account. A name
+is looked up in tables of what is known already.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ACTIVATIONS = {
 
 
 class Refused(ValueError):
-    """What a file asks for is well formed, and not to be had."""
+    """A file asks for something well formed that is not allowed, or not there."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The laws that every cell and layer obeys, for our tests and for your own cells.
+"""The laws that every cell and layer obeys, as checks for cells and layers of your own.
 
-``check_cell(MyCell(8))`` takes a few seconds and either returns, or raises an
-``AssertionError`` that names the law that is broken. What is plainly a mistake gets one
-line before that. The laws run in float64, so that a
-difference is a mistake and not rounding.
+``check_cell(MyCell(8))`` takes a few seconds. It returns, or raises an
+``AssertionError`` that names the law that is broken. A plain mistake, such as a carry
+without a batch, is told in one line before any law is tried. The laws run in float64,
+so that a difference is a mistake and not rounding.
 """
 
 from jlstm.testing.checks import check_cell, check_layer

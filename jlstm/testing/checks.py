@@ -1,4 +1,4 @@
-"""The laws that a cell, or a layer, is checked against, in their order."""
+"""The laws that a cell or a layer is checked against, in their order."""
 
 from __future__ import annotations
 
@@ -26,30 +26,32 @@ def check_cell(
 ) -> None:
     """Checks a cell against the laws.
 
-    The gated form equals the step; unrolling equals a Python
-    loop; padding is inert, garbage and NaN alike, in values and gradients; a row of
-    length 0 returns its incoming carry; chunks equal the whole; reverse equals
-    flipping; rows are independent; resets equal separate sequences, in both directions,
-    with a learned fresh carry; ``vmap`` equals a loop; ``jit`` equals eager, and equal
-    configs share one trace; gradients, and gradients of gradients, equal finite
-    differences; implementations agree.
+    They are: the gated form equals the step; unrolling equals a Python loop; padding is
+    inert, garbage and NaN alike, in values and gradients; a row of length 0 returns its
+    incoming carry; chunks equal the whole; reverse equals flipping; rows are
+    independent; resets equal separate sequences, in both directions, with a learned
+    fresh carry; ``vmap`` equals a loop; ``jit`` equals eager, and equal configs share
+    one trace; gradients, and gradients of gradients, equal finite differences;
+    implementations agree.
 
     Args:
       cell: the cell.
       x: an example of its input at one step, ``[3, ...]``; floats are replaced by
-        random ones. ``[3, 5]`` of floats if ``None``.
-      params: params to check with, in float64; made by ``init``, and moved a little so
-        that nothing is zero, if ``None``.
-      implementations: which to check; all that can run the cell if ``None``.
-      take_rows: ``take_rows(params, rows)``, for a cell some of whose params have a
-        leaf for each row, such as an encoder's memory.
-      smooth: false leaves out finite differences, for a cell with kinks.
+        random ones, integers are kept. ``None`` means floats ``[3, 5]``.
+      params: the params to check with, in float64. ``None`` means those of ``init``,
+        moved a little so that nothing is zero.
+      implementations: the names of those to check; ``None`` means all that can run the
+        cell.
+      take_rows: a function ``(params, rows) -> params`` that picks rows, for a cell
+        some of whose params have a leaf for each row, such as an encoder's memory.
+      smooth: false leaves out finite differences, for a cell with kinks, such as a
+        relu.
 
     Raises:
-      AssertionError: naming the broken law.
-      TypeError: what is no cell, or a half-defined gated form.
-      ValueError: a mistake that can be told before any law, such as a carry of a fixed
-        batch size, or a cell that is not finite at ``x = 0``.
+      AssertionError: a law is broken; the message names it.
+      TypeError: it is not a cell, or its gated form is defined in part.
+      ValueError: there is a plain mistake, such as a carry of a fixed batch size, or a
+        cell that is not finite at ``x = 0``.
 
     Example:
       >>> jlstm.testing.check_cell(jlstm.Elman(2), implementations=("scan",))
@@ -110,27 +112,28 @@ def check_layer(
 ) -> None:
     """Checks a layer against the laws.
 
-    Padding is inert, garbage and NaN alike, in values and gradients; a row of length 0
-    returns its incoming carry; lengths equal the mask they stand for; rows are
-    independent; resets equal separate sequences; chunks equal the whole, if the layer
-    is causal, and do not, if it is not; ``vmap`` equals a loop; ``jit`` equals eager;
-    gradients, and gradients of gradients, equal finite differences; ``retime`` tells
-    which outputs are valid.
+    They are: padding is inert, garbage and NaN alike, in values and gradients; a row of
+    length 0 returns its incoming carry; lengths equal the mask that they stand for;
+    rows are independent; resets equal separate sequences; chunks equal the whole, if
+    the layer is causal, and do not, if it is not; ``vmap`` equals a loop; ``jit``
+    equals eager; gradients, and gradients of gradients, equal finite differences;
+    ``retime`` tells which outputs are valid.
 
     Args:
       layer: the layer.
-      xs: an example of its input, ``[3, 6, ...]``; floats are replaced by random ones.
-        ``[3, 6, 5]`` of floats if ``None``.
-      params: params to check with, in float64; made by ``init``, and moved a little, if
-        ``None``.
-      causal: whether the chunk law must hold; what the layer says if ``None``.
+      xs: an example of its input, ``[3, 6, ...]``; floats are replaced by random ones,
+        integers are kept. ``None`` means floats ``[3, 6, 5]``.
+      params: the params to check with, in float64. ``None`` means those of ``init``,
+        moved a little so that nothing is zero.
+      causal: whether the layer should be causal; ``None`` takes what it says itself.
       resets: false leaves out resets, for a layer that refuses them.
-      smooth: false leaves out finite differences, for a layer with kinks.
+      smooth: false leaves out finite differences, for a layer with kinks, such as a
+        relu.
 
     Raises:
-      AssertionError: naming the broken law.
-      TypeError: what is no layer.
-      ValueError: a mistake that can be told before any law.
+      AssertionError: a law is broken; the message names it.
+      TypeError: it is not a layer.
+      ValueError: there is a plain mistake, such as a carry without a batch.
 
     Example:
       >>> jlstm.testing.check_layer(jlstm.Dense(2))

@@ -33,7 +33,17 @@ TOLERANCE = 1e-9
 
 @contextlib.contextmanager
 def law(name: str, subject: Any, run: Runner | None = None) -> Iterator[None]:
-    """Names the law in the error of whatever fails inside."""
+    """Adds the name of a law to the message of an assertion that fails inside.
+
+    Args:
+      name: the law, in words.
+      subject: the cell or layer that is checked; the message shows it.
+      run: what runs it, whose implementation is named too; ``None`` for none.
+
+    Example:
+      >>> with jlstm.testing.law("one is one", jlstm.LSTM(8)):
+      ...     assert 1 == 1
+    """
     try:
         yield
     except AssertionError as problem:
@@ -64,7 +74,13 @@ class Case:
 
 
 def random_like(tree: PyTree, seed: int, scale: float = 1.0) -> PyTree:
-    """Replaces floating leaves by normal noise; keeps the others."""
+    """Replaces the floating leaves of a tree by normal noise, and keeps the others.
+
+    Args:
+      tree: a pytree of arrays, or of their shapes and dtypes.
+      seed: of the noise.
+      scale: its standard deviation.
+    """
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf,
         _noise(tree, seed, scale),
@@ -84,7 +100,12 @@ def _noise(tree: PyTree, seed: int, scale: float = 1.0) -> PyTree:
 
 
 def moved(params: PyTree, seed: int) -> PyTree:
-    """Moves params a little, so that no learned carry or bias is left at zero."""
+    """Adds a little noise to params, so that no learned carry or bias is left at zero.
+
+    Args:
+      params: a pytree of arrays.
+      seed: of the noise, whose standard deviation is 0.1.
+    """
 
     def move(leaf: Any, noise: Any) -> Any:
         return jnp.asarray(np.asarray(leaf) + noise) if is_inexact(leaf) else leaf
@@ -93,7 +114,12 @@ def moved(params: PyTree, seed: int) -> PyTree:
 
 
 def sequence_of(x: PyTree, seed: int) -> PyTree:
-    """Makes a sequence ``[B, T, ...]`` from an example of one step."""
+    """Makes random sequences ``[3, 6, ...]`` from an example of one step.
+
+    Args:
+      x: the example, ``[3, ...]``; integers are kept, in other rows at each step.
+      seed: of the noise that replaces floats.
+    """
 
     def repeat(leaf: Any) -> Array:
         rolled = [np.roll(leaf, t, axis=0) for t in range(TIME)]
@@ -246,18 +272,24 @@ def _where(mask: np.ndarray, on_true: PyTree, on_false: PyTree) -> PyTree:
 
 
 def holes() -> np.ndarray:
-    """A mask with left padding, holes, right padding, and a row without valid steps."""
+    """Returns a mask ``[3, 6]`` with left padding, holes, and a row that is empty."""
     rows = [[0, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]
     return np.array(rows, bool)
 
 
 def right_padding() -> np.ndarray:
-    """The mask of lengths 4, T and 0."""
+    """Returns the mask ``[3, 6]`` of the lengths 4, 6 and 0."""
     return np.arange(TIME)[None, :] < np.array([[4], [TIME], [0]])
 
 
 def fill(xs: PyTree, mask: Any, value: float) -> PyTree:
-    """Writes a value into the masked steps of floating leaves, and -1 into integers."""
+    """Writes garbage into masked steps: a value, -1 in integers, false in booleans.
+
+    Args:
+      xs: a pytree of arrays ``[B, T, ...]``.
+      mask: true at the steps to keep, ``[B, T]``.
+      value: what to write into floats, such as NaN.
+    """
 
     def garbage(leaf: Any) -> np.ndarray:
         written = value if is_inexact(leaf) else 0 if leaf.dtype == bool else -1
@@ -437,7 +469,11 @@ def check_config(subject: Any) -> None:
 
 
 def copy_of(config: Any) -> Any:
-    """A config made again from its fields, or the same object if it has none."""
+    """Makes a config again from its fields; something else is copied.
+
+    Args:
+      config: a cell or a layer.
+    """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return dataclasses.replace(config)
     return copy.copy(config)
