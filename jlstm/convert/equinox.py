@@ -80,8 +80,8 @@ def to_equinox(layer: Any, params: PyTree, *, bias: bool = True) -> Any:
       bias: false for cells without biases.
 
     Returns:
-      A dict of NumPy arrays by field; of several cells, a list of them: by depth,
-      forward before backward.
+      A dict of NumPy arrays by field; of several cells, a list of such dicts, by depth
+      and forward before backward.
 
     Raises:
       ValueError: Equinox has no such cell, or ``bias=False`` would lose a bias that is
