@@ -42,7 +42,7 @@ def path() -> tuple[str, ...]:
     return _path.get()
 
 
-# What sees each call of `unroll` that runs inside, and may run it otherwise.
+# A function that gets each call of `unroll` inside, and may run it in another way.
 _observer: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar(
     "observer", default=None
 )
@@ -167,7 +167,7 @@ def unroll(
     observer = _observer.get()
     if observer is None:
         return _unroll(call, params, xs, carry, mask, resets, key)
-    with observing(None):  # what a cell unrolls inside is its own affair
+    with observing(None):  # what the cell itself unrolls is not observed
         return observer(Unrolled(call, params, xs, carry, mask, resets, key))
 
 

@@ -61,7 +61,8 @@ def min_lstm_update(
     """Applies the gates to the pre-activations ``zx [..., 3H]``."""
     del params, zh
     z_i, z_f, z_g = jnp.split(zx, 3, axis=-1)
-    # By e^-i and e^-f, scaled to be at most 1: far below zero both gates would be zero.
+    # By e^-i and e^-f, scaled to be at most 1: if both pre-activations are far below
+    # zero, both sigmoids are 0, and their ratio is NaN.
     most = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(-z_i, -z_f), 0))
     one, i, f = jnp.exp(-most), jnp.exp(-z_i - most), jnp.exp(-z_f - most)
     keep = named("f", (one + i) / (one + i + one + f), sigmoid)

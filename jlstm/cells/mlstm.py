@@ -21,8 +21,8 @@ from jlstm.types import (
     float_dtype,
 )
 
-# The logarithm of the weight of what has not been seen; a finite one, since a masked
-# step holds it.
+# The logarithm of the weight of an empty memory. It is finite, because a masked step
+# keeps it.
 NOTHING = -1e4
 
 

@@ -75,7 +75,7 @@ def slstm_update(
     log_i, z_f, z_z, z_o = jnp.split(zx + zh, 4, axis=-1)
     z, o = gates(jnp.concatenate([z_z, z_o], axis=-1), "ts", "zo")
     log_f = z_f if exp_forget else -jax.nn.softplus(-z_f)
-    # Of nothing, m says nothing; else a large one would hide the first input.
+    # Before the first input m has no meaning; a large one must not hide the input.
     kept = jnp.where(carry.n == 0, log_i, log_f + carry.m)
     m = jnp.maximum(kept, log_i)
     i, f = named("i", jnp.exp(log_i - m)), named("f", jnp.exp(kept - m))

@@ -224,7 +224,8 @@ def stack(*layers: Layer) -> Stack:
     return Stack(layers)
 
 
-# Tables of so many rows at most, and of half as many as there are ids.
+# The most rows of a table that is joined; it has at most half as many rows as there are
+# ids, too.
 _MOST_ROWS = 512
 
 

@@ -105,8 +105,8 @@ def _apply(source: Linen | NNX, per_step: bool, params: PyTree, xs: PyTree) -> P
     return jax.vmap(jax.vmap(run))(xs) if per_step else run(xs)
 
 
-# The two kinds of modules. They are no dataclasses, since what looks into the fields of
-# configs has no business with those of Flax.
+# The two kinds of modules. They are not dataclasses, so that code which reads the
+# fields of configs does not go on into those of Flax.
 
 
 class Linen:

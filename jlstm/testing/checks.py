@@ -85,7 +85,7 @@ def check_cell(
             laws.check_resets(cell, case, run)
             laws.check_resets(cell, case, run, reverse=True)
             laws.check_vmap(cell, case, run)
-            # A loop for one kind of cell does not know it when it is counted.
+            # A loop for one class of cells does not recognise it inside a CountedCell.
             if name in able(counted(laws.Traces()), request):
                 laws.check_traces(
                     cell,

@@ -395,7 +395,7 @@ def check_resets(subject: Any, case: Case, run: Runner, **options: Any) -> None:
         both = jax.tree.map(np.add, first["d_xs"], second["d_xs"])
         assert_close(whole["d_xs"], both)
     if options.get("reverse"):
-        return  # there a reset parts the step before it, so that none comes first
+        return  # in reverse a reset follows its step, so none precedes the first
     with law("a reset leaves nothing of a carry that is not finite", subject, run):
         lost = _map(
             lambda x: np.full_like(x, np.nan) if is_inexact(x) else x, case.carry
