@@ -42,9 +42,9 @@ def generate(
         means all of them.
       temperature: :math:`\tau`, above 0; ``None`` means 1. Below 1 likely symbols
         become more likely, above 1 less so.
-      top_k: draws from the k most likely symbols alone; ``None`` allows all.
-      top_p: draws from the most likely symbols whose probabilities together reach p, in
-        (0, 1] (nucleus sampling); ``None`` allows all.
+      top_k: draws only from the k most likely symbols; ``None`` allows all.
+      top_p: draws only from the most likely symbols whose probabilities together reach
+        p, in (0, 1] (nucleus sampling); ``None`` allows all.
 
     Returns:
       ``[B, num_steps]`` symbols, without the prompt.

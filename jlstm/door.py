@@ -111,8 +111,8 @@ def unroll(
       return_carries: true also returns the carry after each step, which takes memory
         for T carries.
       checkpoint_every: saves memory where a gradient of a long sequence needs too much.
-        With an integer k, the backward pass stores the carry once in k steps, and
-        computes the steps between again; this costs about one more forward pass.
+        With an integer k, the carry is stored once in k steps, and the backward pass
+        computes the steps between again, which costs about one more forward pass.
         ``"sqrt"`` takes the square root of T for k, which needs the least memory.
         ``None``, the default, stores every step. The results are the same.
       implementation: the loop that runs the cell: ``"native"``, ``"chunkwise"``,

@@ -98,8 +98,8 @@ def step(
 
     ``program.call(carry, x, reset)`` returns ``(carry, y)``. It takes the carry of the
     step before, or of a program of :func:`sequence`, a dict of arrays; ``x [B, ...]``;
-    and ``reset [B]``, booleans, true in rows that begin anew. In such rows anything may
-    stand in the carry.
+    and ``reset [B]``, booleans, true in rows that start from the fresh carry. In such
+    rows anything may stand in ``carry``.
 
     Args:
       layer: a causal layer or model with one output for each step.
@@ -246,7 +246,7 @@ def _plain(where: str, layer: Layer, platforms: Sequence[str]) -> Any:
         raise ValueError(
             f"{where}: platforms must be some of {', '.join(KNOWN)}, got {platforms!r}"
         )
-    # Steps are computed again for gradients alone, of which a program has none.
+    # checkpoint_every is for gradients, and a program has none.
     return compose.replace_recurrences(
         layer, implementation="scan", checkpoint_every=None
     )

@@ -138,7 +138,7 @@ class Identity:
 
 @config
 class Chrono:
-    r"""Draws the biases of an LSTM or GRU for memory times of up to so many steps.
+    r"""Draws the biases of an LSTM or GRU whose units remember for different times.
 
     .. math::
         b_f \sim \log U(1, T_{max} - 1), \qquad b_i = -b_f
@@ -175,9 +175,8 @@ class Pretrained:
     """Hands out a given array, such as word vectors, where its shape fits.
 
     It is compared and hashed by content, so it can stand in a config. If
-    :func:`jlstm.load` makes it from a file, it lacks the array, because the params are
-    in the file already: it compares equal, and raises an error if it is to hand the
-    array out.
+    :func:`jlstm.load` makes it from a file, it lacks the array, because the file has
+    the params already. It still compares equal, but raises an error if it is called.
 
     Args:
       values: the array, such as ``[V, size]`` for the table of an ``Embed``. It is

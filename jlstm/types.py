@@ -322,7 +322,7 @@ def config(cls: type[T]) -> type[T]:
     Raises:
       ValueError: on construction, if a field holds a lambda or a local function. Each
         one is another object, so no two such configs would be equal, and each would be
-        compiled anew.
+        compiled again.
 
     Example:
       >>> jlstm.LSTM(256, forget_bias=2.0)
@@ -355,7 +355,7 @@ def check_literal(config: Any) -> None:
     """Refuses lambdas and local functions in the fields of a dataclass.
 
     Each construction makes another such function, so no two configs would be equal, and
-    each would be compiled anew.
+    each would be compiled again.
 
     Raises:
       ValueError: naming the config and the field.

@@ -319,7 +319,7 @@ def activate(
 
 
 def sigmoid(x: Array) -> Array:
-    """Computes :math:`1 / (1 + e^{-x})`; its derivative stores the result alone.
+    """Computes :math:`1 / (1 + e^{-x})`; its derivative stores only the result.
 
     ``jax.nn.sigmoid`` has the same values.
 
@@ -334,7 +334,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def tanh(x: Array) -> Array:
-    """Computes the hyperbolic tangent; its derivative stores the result alone.
+    """Computes the hyperbolic tangent; its derivative stores only the result.
 
     ``jnp.tanh`` has the same values.
 

@@ -46,7 +46,7 @@ class LRUParams:
 
 
 class LRUCarry(NamedTuple):
-    """Carry of an LRU, as two real arrays, since a dtype policy handles reals alone.
+    """Carry of an LRU, as two real arrays, since a dtype policy handles only reals.
 
     Attributes:
       re: the real parts of the states, ``[..., S]``.

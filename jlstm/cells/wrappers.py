@@ -57,9 +57,10 @@ class Wrapper:
 
         Returns:
           ``(params, xs, always, each)``: the two that the inner cell gets; what the
-          wrapper needs at all steps alike, with leaves ``[B, ...]`` or without a batch;
-          and what it needs at each step, with leaves ``[B, T, ...]``, which
-          :meth:`after` gets. ``None`` stands for nothing.
+          wrapper needs at all steps alike, with leaves ``[B, ...]`` or without a batch,
+          which it finds as ``params.extra`` in ``mix`` and ``update``; and what it
+          needs at each step, with leaves ``[B, T, ...]``, which :meth:`after` gets.
+          ``None`` stands for nothing.
         """
         del key
         return params, xs, None, None

@@ -74,7 +74,7 @@ class Conv:
       dilation: d, the number of steps from one tap to the next; an output reaches over
         ``d(k - 1) + 1`` steps.
       padding: ``"SAME"``, the default, sees both sides and keeps T (if the stride is
-        1); ``"CAUSAL"`` sees the past alone and keeps T; ``"VALID"`` sees no padding
+        1); ``"CAUSAL"`` sees only the past and keeps T; ``"VALID"`` sees no padding
         and drops ``d(k - 1)`` steps.
       activation: a module-level function such as ``jax.nn.relu``, or ``None`` for none.
       bias: true adds ``b``.
