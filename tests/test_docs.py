@@ -214,7 +214,7 @@ def test_runs_become_rows(tmp_path, monkeypatch, capsys):
         result = {
             "experiment": "adding", "preset": "cpu", "seed": seed, "value": value,
             "metric": "squares", "floor": 1.0, "floor_name": "nothing",
-            "beats_floor": True, "seconds": 600 + seed, "others": {"net": 0.5},
+            "beats_floor": True, "seconds": 600 + seed, "others": {"net": 1 + seed},
         }  # fmt: skip
         for file, content in (("result", result), ("config", {}), ("env", {})):
             (folder / f"{file}.json").write_text(report.json.dumps(content))
@@ -222,7 +222,7 @@ def test_runs_become_rows(tmp_path, monkeypatch, capsys):
     assert "adding-cpu-seed1.json" in capsys.readouterr().out
     (line,) = report.table().splitlines()[2:]
     assert line.startswith("| `adding.py --preset cpu` | The adding problem")
-    score, others = "0.5000 ± 0.3536 (2 seeds) squares", "net 0.5000 ± 0.000 (2 seeds)"
+    score, others = "0.5000 ± 0.3536 (2 seeds) squares", "net 1.500 ± 0.7071 (2 seeds)"
     assert f"| {score} | {others} | 1.000, nothing | 10 min |" in line
     page = "a\n<!-- experiments -->\nold\n<!-- end of experiments -->\nz\n"
     assert report.filled(page) == page.replace("old\n", report.HEAD + line + "\n")
