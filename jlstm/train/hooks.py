@@ -1,4 +1,4 @@
-"""What happens at each report of a run: plain callables ``hook(report)``."""
+"""Hooks: callables ``hook(report)`` that act on each report of a run."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ Mode = Literal["min", "max"]
 
 
 def every(n: int, hook: Hook) -> Hook:
-    """Makes a hook that runs at the first report at or after each ``n`` steps.
+    """Makes a hook that runs another hook only every ``n`` steps.
 
-    It also runs at the last report, and never twice at a step.
+    Reports come every ``log_every`` steps of :func:`fit`, so the hook runs at the first
+    report at or after each multiple of ``n``. It also runs at the last report, and
+    never twice at one step.
 
     Args:
-      n: number of steps.
-      hook: what to run.
+      n: the number of steps between two runs, best a multiple of ``log_every``.
+      hook: the hook to run.
 
     Returns:
-      The hook.
+      The new hook.
 
     Raises:
       ValueError: ``n`` is not positive.
@@ -53,7 +55,7 @@ def every(n: int, hook: Hook) -> Hook:
 
 
 class _Every:
-    """A hook around another, which it now and then runs, saves and closes."""
+    """A hook that runs, saves and closes another one."""
 
     def __init__(self, n: int, hook: Hook) -> None:
         self._n, self._hook = n, hook
@@ -92,15 +94,18 @@ def evaluate_every(
     *,
     prefix: str = "validation_",
 ) -> Hook:
-    """Makes a hook that adds the metrics of a data set to the report, as in ``every``.
+    """Makes a hook that evaluates the params and adds the metrics to the report.
 
-    List it before the hooks that read these metrics.
+    It runs every ``n`` steps, as :func:`every` does. List it before the hooks that read
+    the metrics it adds, such as :func:`early_stopping` and :func:`write_jsonl`.
 
     Args:
-      n: number of steps between evaluations.
-      eval_step: from ``make_eval_step``.
-      make_batches: called for the batches of each evaluation.
-      prefix: put before the names of the metrics.
+      n: the number of steps between evaluations, best a multiple of ``log_every``.
+      eval_step: from :func:`make_eval_step`.
+      make_batches: a function that returns the batches; it is called for each
+        evaluation. For a list or a dataset, write ``lambda: batches``.
+      prefix: put before the names of the metrics: ``loss`` becomes
+        ``validation_loss``.
 
     Returns:
       The hook.
@@ -132,12 +137,14 @@ def evaluate_every(
 class Best:
     """The best value of a metric so far, and the params that had it.
 
+    This is the hook that :func:`keep_best` makes.
+
     Attributes:
-      metric: the name of the metric.
-      mode: ``"min"`` or ``"max"``.
-      keep: whether to keep params.
-      value: the best value, None before any.
-      step: its step.
+      metric: the name of the metric, such as ``"validation_loss"``.
+      mode: ``"min"`` if lower values are better, ``"max"`` if higher ones are.
+      keep: whether to keep a copy of the params beside the value.
+      value: the best value so far; None before the first.
+      step: the step at which it was reported; None before the first.
     """
 
     metric: str
@@ -152,7 +159,7 @@ class Best:
             raise ValueError(f"mode: must be 'min' or 'max', got {self.mode!r}")
 
     def __call__(self, report: Report) -> None:
-        """Takes the report's value if it is better; NaN never is."""
+        """Keeps the report's value if it is the best so far; NaN never is."""
         value = report.metrics.get(self.metric)
         if value is None or math.isnan(value):
             return
@@ -160,12 +167,12 @@ class Best:
         if self.value is None or better(value, self.value):
             self.value, self.step = value, report.step
             if self.keep:
-                # The next step takes the memory of the state's own arrays.
+                # A copy, since the next step reuses the memory of the state's arrays.
                 self._params = jax.tree.map(jnp.copy, report.state.params)
 
     @property
     def params(self) -> PyTree:
-        """The best params.
+        """The params that had the best value.
 
         Raises:
           ValueError: no report had the metric.
@@ -178,12 +185,12 @@ class Best:
         return self._params
 
     def get_state(self) -> dict[str, Any]:
-        """Returns what a run that goes on needs."""
+        """Returns what the hook must remember when the run is continued."""
         leaves = None if self._params is None else jax.tree.leaves(self._params)
         return {"value": self.value, "step": self.step, "params": leaves}
 
     def set_state(self, state: dict[str, Any], report: Report) -> None:
-        """Takes over what :meth:`get_state` returned, in a run as far as reported."""
+        """Restores what :meth:`get_state` returned."""
         self.value, self.step = state["value"], state["step"]
         if state["params"] is not None:
             tree = jax.tree.structure(report.state.params)
@@ -193,12 +200,16 @@ class Best:
 def keep_best(metric: str, mode: Mode = "min") -> Best:
     """Makes a hook that keeps a copy of the params with the best value of a metric.
 
+    The copy takes the memory of one more set of params. List the hook after the one
+    that adds the metric. For runs with :class:`Checkpoints`, ``Checkpoints(best=...)``
+    keeps the whole state on disk instead.
+
     Args:
-      metric: the name, such as ``"validation_loss"``.
-      mode: whether the least or the greatest value is best.
+      metric: the name of the metric, such as ``"validation_loss"``.
+      mode: ``"min"`` if lower values are better, ``"max"`` if higher ones are.
 
     Returns:
-      The hook, with ``value``, ``step`` and ``params``.
+      The hook, with the attributes ``value``, ``step`` and ``params``.
 
     Raises:
       ValueError: an unknown mode.
@@ -211,16 +222,18 @@ def keep_best(metric: str, mode: Mode = "min") -> Best:
 
 
 def early_stopping(metric: str, patience: int, mode: Mode = "min") -> Hook:
-    """Makes a hook that ends the run when a metric has ceased to improve.
+    """Makes a hook that ends the run when a metric no longer improves.
+
+    List it after the hook that adds the metric.
 
     Args:
-      metric: the name, such as ``"validation_loss"``.
-      patience: how many values in a row may be no better than the best before them. A
-        report without the metric does not count; NaN counts as no better.
-      mode: whether the least or the greatest value is best.
+      metric: the name of the metric, such as ``"validation_loss"``.
+      patience: after how many values in a row that are no better than the best one the
+        run ends. A report without the metric does not count; NaN counts as no better.
+      mode: ``"min"`` if lower values are better, ``"max"`` if higher ones are.
 
     Returns:
-      The hook. It warns at the end of a run in which the metric never came up.
+      The hook. It warns at the end of a run in which no report had the metric.
 
     Raises:
       ValueError: an unknown mode, or ``patience`` is not positive.
@@ -277,12 +290,14 @@ class _Stop:
 def write_jsonl(path: str | os.PathLike[str]) -> Hook:
     """Makes a hook that appends each report to a file, one JSON object a line.
 
-    A line has ``step``, ``seconds`` and the metrics, and ``stop`` where the run ends
-    early; numbers that are not finite become null. What a crash left of a half-written
-    line is cut off before the first new one.
+    A line has ``step``, ``seconds``, the metrics, ``skipped`` if steps were skipped,
+    and ``stop`` if the run ends early. Numbers that are not finite become null. If a
+    crash left half a line at the end of the file, that is removed before the first new
+    line. :func:`read_jsonl` reads the file.
 
     Args:
-      path: of the file; its folder is made.
+      path: the path of the file, such as ``"run/metrics.jsonl"``. Its folder is made if
+        it does not exist.
 
     Returns:
       The hook.
@@ -299,7 +314,7 @@ def write_jsonl(path: str | os.PathLike[str]) -> Hook:
 
 @dataclasses.dataclass
 class _Lined:
-    """Appends lines; a run that goes on cuts off those that it will write again."""
+    """Appends lines; a continued run first removes those that it will write again."""
 
     path: Path
     begun: bool = False
@@ -320,7 +335,7 @@ class _Lined:
                 with open(self.path, "ab+") as stream:
                     _cut_half_line(stream)
                 self.begun = True
-            # A file that was removed meanwhile is not begun anew in silence.
+            # A file that was removed meanwhile must not be begun anew in silence.
             with open(self.path, "rb+") as stream:
                 stream.seek(0, os.SEEK_END)
                 stream.write(line)
@@ -332,7 +347,7 @@ class _Lined:
     def get_state(self) -> dict[str, Any]:
         if not self.path.exists():
             return {"bytes": 0}
-        sync(self.path)  # a checkpoint counts on it
+        sync(self.path)  # a checkpoint relies on these bytes
         return {"bytes": self.path.stat().st_size}
 
     def set_state(self, state: dict[str, Any], report: Report) -> None:
@@ -356,10 +371,11 @@ def _cut_half_line(file: IO[bytes]) -> None:
 def write_tensorboard(folder: str | os.PathLike[str]) -> Hook:
     """Makes a hook that writes each report's metrics for TensorBoard.
 
-    A run that goes on hides what was written after its checkpoint.
+    A continued run hides what was written after its checkpoint.
 
     Args:
-      folder: of the event files.
+      folder: where the event files are written; give it to
+        ``tensorboard --logdir``.
 
     Returns:
       The hook.
@@ -376,7 +392,7 @@ class _Board:
     library: Any
     purge: int | None = None
     writer: Any = None
-    optional: ClassVar[bool] = True  # a run may go on with or without it
+    optional: ClassVar[bool] = True  # a run may continue with it or without it
     kind: ClassVar[str] = "write_tensorboard"
 
     def __call__(self, report: Report) -> None:
@@ -406,19 +422,22 @@ def finite(value: Any) -> Any:
 
 
 def show_progress(*, interval: float = 10.0, unit: str = "items") -> Hook:
-    """Makes a hook that shows how a run goes.
+    """Makes a hook that shows the progress of a run.
 
-    On a terminal it is a bar, elsewhere a line now and then: metrics, steps a second,
-    the time left; and items a second, if the loss is a ``Mean`` and so counts them.
+    On a terminal it shows a bar, elsewhere it prints a line now and then. Both have the
+    metrics, the steps per second and the time left. If the loss is a :class:`Mean`,
+    which counts its items, they have the items per second too.
 
     Args:
-      interval: seconds between lines where stdout is no terminal.
-      unit: what the loss counts, such as ``"tokens"``.
+      interval: the least number of seconds between two lines where stdout is no
+        terminal.
+      unit: what the loss counts, such as ``"tokens"``; a word for the display.
 
     Returns:
       The hook.
 
     Raises:
+      ImportError: stdout is a terminal, and rich is not installed.
       ImportError: stdout is a terminal, and rich is not installed.
 
     Example:
@@ -431,7 +450,7 @@ def show_progress(*, interval: float = 10.0, unit: str = "items") -> Hook:
 
 
 class _Lines:
-    """Prints at most one line an interval, besides the first, the last, and news."""
+    """Prints one line each interval, and the first report, the last one and a stop."""
 
     def __init__(self, interval: float, unit: str) -> None:
         self._interval, self._unit = interval, unit

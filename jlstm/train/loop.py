@@ -1,4 +1,4 @@
-"""The training loop, and what it tells its hooks."""
+"""The training loop, and the report that it sends to its hooks."""
 
 from __future__ import annotations
 
@@ -22,23 +22,28 @@ from jlstm.train.step import Metrics, TrainStep, check_takes
 
 @dataclasses.dataclass
 class Report:
-    """Where a run stands; hooks read it, add metrics to it, and may stop the run.
+    """The progress of a run, as hooks see it.
+
+    Hooks read the report, may add to ``metrics``, and may end the run by setting
+    ``stop``.
 
     Attributes:
-      step: number of steps taken.
-      num_steps: number of steps wanted.
-      state: the training state. The next step takes its memory: a hook that keeps
-        anything of it beyond its return keeps a copy.
-      metrics: averages over the window, that is, the steps since the last report.
-      counts: how much each average weighs: the summed counts of a ``Mean``, the number
+      step: the number of steps taken.
+      num_steps: the number of steps at which the run ends.
+      state: the training state. The next step reuses its memory, so a hook that keeps
+        an array of it must keep a copy.
+      metrics: averages over the window, that is, over the steps since the last report.
+        Steps that were skipped do not count.
+      counts: the weight of each average: the summed counts of a ``Mean``, the number
         of steps for a plain scalar.
-      seconds: since the beginning of :func:`fit`.
-      window_steps: number of steps in the window; 0 in a report that only says that
+      seconds: the time that all steps of the run took, hooks excluded, earlier
+        processes of the same run included.
+      window_steps: the number of steps in the window; 0 in a report that says only that
         the batches ended.
-      window_seconds: what these steps took, hooks not counted.
-      stop: None, or why the run ends here. A hook sets it to end the run.
-      skipped: number of steps whose loss or gradient was not finite, which therefore
-        changed nothing.
+      window_seconds: the time that these steps took, hooks excluded.
+      stop: None, or the reason why the run ends here. A hook sets it to end the run.
+      skipped: the number of steps so far that were skipped because the loss, the
+        gradient or the carry was not finite.
     """
 
     step: int
@@ -54,11 +59,17 @@ class Report:
 
     @property
     def last(self) -> bool:
-        """Whether no step follows, as far as is known by now."""
+        """Whether this is the last report, as far as is known so far."""
         return self.step >= self.num_steps or self.stop is not None
 
 
 Hook = Callable[[Report], None]
+"""A function that :func:`fit` calls with each :class:`Report`.
+
+A hook with methods ``get_state()`` and ``set_state(state, report)`` is saved with the
+checkpoints and restored from them. A hook with a method ``close()`` has it called at
+the end of the run.
+"""
 
 
 def fit(
@@ -72,46 +83,57 @@ def fit(
     checkpoints: Checkpoints | None = None,
     max_skipped: int = 5,
 ) -> Report:
-    """Trains until ``num_steps`` steps have been taken in all.
+    """Trains until the state has taken ``num_steps`` steps in all.
 
-    The run begins at ``state.step``, or, with checkpoints, where the newest of them is;
-    the batches are then put in the place where they were. Metrics stay on the device,
-    where steps queue up, until a report is due: after each multiple of ``log_every``
-    and after the last step. A report goes to the hooks in order. However the run ends,
-    each hook that has a method ``close()`` has it called.
+    The run begins at ``state.step`` or, with checkpoints, at the newest checkpoint.
+    One batch is read for each step. After each multiple of ``log_every`` steps, and
+    after the last step, a report goes to the hooks, in their order. Between reports
+    nothing is fetched from the device, so steps are prepared while others still
+    compute. When the run ends, for whatever reason, each hook that has a method
+    ``close()`` has it called.
 
-    Exactly one batch is read a step. What ``iter(batches)`` returns is asked for its
-    place by ``get_state()`` and put there by ``set_state(place)``, as ``grain``'s
-    iterators can be; of others, the batches that were read are read again. A hook that
-    has ``get_state()`` and ``set_state(state, report)`` is saved and restored likewise.
+    A run that continues from a checkpoint continues in the data too. If
+    ``iter(batches)`` has ``get_state()`` and ``set_state(place)``, as the iterators of
+    grain and of :mod:`jlstm.data` have, its place is saved and restored. For other
+    iterables the batches that were read before are read again and thrown away. The
+    state of a hook that has ``get_state()`` and ``set_state(state, report)`` is saved
+    and restored as well.
 
-    With checkpoints, SIGTERM and SIGINT (Ctrl-C) finish the step, save, and raise
-    :class:`Interrupted`, which ends the process with code 143 or 130; hooks and a wait
-    for data are cut short, and begun again by the next run. A second signal ends the
-    process at once. Several processes stop together when one of them gets SIGTERM.
+    With checkpoints, SIGTERM and SIGINT (Ctrl-C) end the run in order: the step is
+    finished, the state is saved, and :class:`Interrupted` is raised, which ends the
+    process with code 143 or 130. Running hooks and a wait for data are cut short; the
+    next run begins them again. A second signal ends the process at once. Several
+    processes stop together when one of them gets SIGTERM.
 
     Args:
-      state: from ``create_state``. It is donated: use the state in the returned report
-        from here on.
-      train_step: from ``make_train_step``.
-      batches: any iterable; where it ends early, so does the run, as the report says,
-        and where there are no hooks to show it, a warning.
-      num_steps: the step to stop at.
-      hooks: called with each :class:`Report`.
-      log_every: number of steps between reports.
-      checkpoints: where the run is saved, and goes on.
-      max_skipped: how many steps in a row may be skipped since their loss or gradient
-        was not finite; the next one raises.
+      state: from :func:`create_state`. The first step reuses its memory; afterwards use
+        the state in the returned report.
+      train_step: from :func:`make_train_step`.
+      batches: any iterable of batches, such as a dataset of :mod:`jlstm.data` with
+        ``.repeat()``. If it ends before ``num_steps``, so does the run; the last report
+        says so, and without hooks a warning does.
+      num_steps: the number of steps at which the run ends, counted from step 0, not
+        from where this call begins.
+      hooks: called with each :class:`Report`. A hook that adds a metric stands before
+        the hooks that read it.
+      log_every: the number of steps between reports. Metrics are averaged over them.
+        Smaller values give finer curves and make the device wait more often.
+      checkpoints: saves the run, and continues it if it was saved before; None saves
+        nothing.
+      max_skipped: how many steps in a row may be skipped because the loss, its
+        gradient or the carry was not finite. One more raises.
 
     Returns:
       The last report; its ``state`` is the trained one.
 
     Raises:
-      ValueError: ``num_steps`` or ``log_every`` is not positive, there is no batch,
-        ``hooks`` is one hook, or an earlier step has taken the state.
-      NonFiniteError: too many steps in a row were skipped. It names the first.
-      Interrupted: after a signal, when all is saved.
-      OSError: a checkpoint cannot be written; those before it are as they were.
+      ValueError: an argument is of the wrong kind or out of range, there is no batch,
+        the state was donated to an earlier step, or the checkpoints belong to another
+        run.
+      NonFiniteError: more than ``max_skipped`` steps in a row were skipped; the message
+        names the first of them.
+      Interrupted: a signal ended the run, and everything is saved.
+      OSError: a checkpoint cannot be written; earlier ones are unchanged.
 
     Example:
       >>> train, tx = jlstm.train, jlstm.train.sgd(0.1)
@@ -173,7 +195,7 @@ def fit(
 
 @dataclasses.dataclass
 class _Run:
-    """A run under way: what :func:`fit` got, and what it has to remember."""
+    """A run in progress: the arguments of :func:`fit`, and what it remembers."""
 
     state: TrainState
     train_step: TrainStep
@@ -185,7 +207,7 @@ class _Run:
     max_skipped: int
     signals: Signals
     together: bool
-    # Metrics since the last report: on the device, and summed.
+    # Metrics since the last report: those still on the device, and sums of the others.
     window: list[Metrics] = dataclasses.field(default_factory=list)
     sums: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     window_steps: int = 0
@@ -193,9 +215,9 @@ class _Run:
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    place: Any = None  # in the batches, of the next one
-    before_hooks: list[Any] | None = None  # what they remembered, while they run
-    ended: bool = False  # the batches have
+    place: Any = None  # where in the data the next batch is
+    before_hooks: list[Any] | None = None  # their states before they began to run
+    ended: bool = False  # whether the batches have ended
 
     def go(self) -> Report:
         self.step = int(self.state.step)
@@ -216,7 +238,7 @@ class _Run:
                     break
                 self._take_step(iterator, resumed)
         except Cut:
-            if self.signals.received is None:  # meant for a fit around this one
+            if self.signals.received is None:  # meant for another fit around this one
                 raise
         if self.checkpoints is not None:
             self._save_at_the_end()
@@ -226,7 +248,7 @@ class _Run:
         return self.report
 
     def close(self, *, failed: bool) -> None:
-        """Closes hooks and checkpoints, all of them, whatever goes wrong."""
+        """Closes all hooks and the checkpoints, whatever goes wrong."""
         closing = [getattr(hook, "close", None) for hook in self.hooks]
         if self.checkpoints is not None:
             closing.append(self.checkpoints.close)
@@ -297,7 +319,7 @@ class _Run:
         for number, metrics in enumerate(fetched, before + 1):
             if metrics.get("skipped"):
                 self.skipped += 1
-                # A loss scale that has room to fall is still being looked for.
+                # Not counted while the loss scale can still fall.
                 self.skipped_in_a_row += not metrics.get("loss_scale", 1) > 1
             else:
                 self.skipped_in_a_row = 0
@@ -359,7 +381,7 @@ class _Run:
         assert self.checkpoints is not None
         found = self.checkpoints.open(self.state, fingerprint(self.batches))
         if found is None:
-            # What hooks write to files is cut back to what was there before.
+            # Hooks that write files cut them back to what was there before.
             states = self.checkpoints.at_the_beginning(self._hook_states())
             self._restore_hooks(states)
             return False
@@ -378,14 +400,14 @@ class _Run:
         )
         self._restore_hooks(record["hooks"])
         if self._report_is_due():
-            self.checkpoints.saved_step = None  # another is due after it
+            self.checkpoints.saved_step = None  # save again after the report
         if not self.report.last:
             with self.signals.cutting("putting the data where they were"):
                 _put(iterator, self.place)
         return True
 
     def _hook_states(self) -> list[dict[str, Any]]:
-        """Asks all hooks that have one for their state, of which it keeps nothing."""
+        """Asks all hooks that have a state for a copy of it."""
         return [
             {
                 "kind": kind_of(hook),
@@ -412,7 +434,7 @@ class _Run:
                 hook.set_state(entry["state"], self.report)
             elif not getattr(hook, "optional", False):
                 self._refuse_hooks(saved)
-        # Only the first process writes files, and has hooks that do.
+        # Only the first process has the hooks that write files.
         needed = any(not entry["optional"] for entry in left)
         if needed and jax.process_index() == 0:
             self._refuse_hooks(saved)
@@ -473,7 +495,7 @@ class _Run:
         raise interrupted
 
 
-# What a checkpoint has of a run, under the names of _Run.
+# The attributes of _Run that a checkpoint contains.
 _REMEMBERED = (
     "window_steps",
     "window_seconds",
@@ -486,7 +508,7 @@ _REMEMBERED = (
 
 
 def _place_of(iterator: Any, before: Any) -> Any:
-    """Returns the place of the next batch, given that of the one before it."""
+    """Returns the place of the next batch, given the place of the batch before it."""
     get_state = getattr(iterator, "get_state", None)
     if get_state is not None and hasattr(iterator, "set_state"):
         return frozen(get_state())
@@ -508,12 +530,12 @@ def _put(iterator: Any, place: Any) -> None:
 
 
 def kind_of(hook: Any) -> str:
-    """Names a hook's type, and that of the hook in it."""
+    """Names the type of a hook, and of the hook that it wraps."""
     return getattr(hook, "kind", type(hook).__name__)
 
 
 def frozen(value: Any) -> Any:
-    """Copies containers and NumPy arrays, which their owner may change."""
+    """Copies containers and NumPy arrays, which their owner may change later."""
     if isinstance(value, Mapping):
         return {key: frozen(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,12 +1,13 @@
 """Losses and metrics over ragged batches, as exact means.
 
-Every function returns a :class:`Mean`, a total and a count, so that an average over
-batches with different numbers of valid steps is the average over all their steps.
-Masked positions are cleaned before any arithmetic: whatever they hold, NaN included,
-changes neither value nor gradient. Arithmetic is in float32 at least.
+Every function returns a :class:`Mean`, which keeps a total and a count. An average over
+batches with different numbers of valid steps is therefore the average over all valid
+steps. Masked positions are replaced by zeros before any arithmetic, so their content,
+NaN included, changes neither the value nor the gradient. Arithmetic is in float32 at
+least.
 
-Nothing is flattened, and gathered along the last axis only, so that sharded inputs work
-under every kind of mesh.
+No function flattens its arguments, and gathers run along the last axis only, so that
+sharded inputs work under every kind of mesh.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from jlstm.types import Array
 
 @flax.struct.dataclass
 class Mean:
-    """A mean that knows its weight: ``total / count``.
+    """A mean that keeps its weight: ``total / count``.
+
+    Two means can be averaged exactly, by adding their totals and their counts.
 
     Attributes:
-      total: the sum, a scalar.
-      count: how many terms it has, a scalar.
+      total: the sum of the terms, a scalar.
+      count: the number of terms, or the sum of their weights, a scalar.
 
     Example:
       >>> float(jlstm.train.Mean(jnp.float32(6), jnp.int32(3)).value)
@@ -44,7 +47,7 @@ class Mean:
 
     @property
     def value(self) -> Array:
-        """The mean; where the count is 0, zero with zero gradients."""
+        """The mean; if the count is 0, zero with zero gradients."""
         count = jnp.asarray(self.count, jnp.result_type(self.total))
         empty = count == 0
         mean = jnp.asarray(self.total) / jnp.where(empty, jnp.ones_like(count), count)
@@ -61,6 +64,8 @@ def softmax_cross_entropy(
 ) -> Mean:
     r"""Computes the cross-entropy of integer labels, in nats.
 
+    For logits :math:`z` of one position and its label :math:`y`,
+
     .. math::
         -\log p_y, \quad p = \mathrm{softmax}(z), \qquad
         \text{or} \quad -(1 - \epsilon) \log p_y - \epsilon \frac1V \sum_v \log p_v
@@ -68,18 +73,22 @@ def softmax_cross_entropy(
     with label smoothing :math:`\epsilon`.
 
     Args:
-      logits: ``[..., V]``, floating.
-      labels: ``[...]``, integers in ``0 .. V-1``. Others, where valid, are an error if
-        concrete and are clipped inside a trace; mark absent labels with the mask.
-      mask: boolean, true where valid; its shape begins the shape of ``labels``.
-      lengths: ``[B]``, for labels ``[B, T, ...]``; later steps are invalid.
-      label_smoothing: the weight of the uniform distribution, in ``[0, 1)``.
+      logits: ``[..., V]``, floating: one score for each class.
+      labels: ``[...]``, integers in ``0 .. V-1``. At valid positions, labels outside
+        this range are an error; inside a trace, where values are not known, they are
+        clipped. Exclude absent labels with ``mask``.
+      mask: boolean, true at valid positions: ``[B]``, ``[B, T]`` or of the shape of
+        ``labels``. None if all are valid.
+      lengths: ``[B]``, integers, for labels ``[B, T, ...]``: the number of valid steps
+        of each row. With ``mask`` too, a position counts if both say that it is valid.
+      label_smoothing: :math:`\epsilon`, from 0 to below 1. A value such as 0.1 keeps
+        the model from becoming too sure of its answers; 0 is the plain loss.
 
     Returns:
       The mean over valid labels.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, or a concrete label out of range.
+      ValueError: shapes or dtypes do not fit, or a label or length is out of range.
 
     Example:
       >>> logits, labels = jnp.zeros((2, 3, 4)), jnp.ones((2, 3), int)
@@ -103,13 +112,14 @@ def accuracy(
     mask: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
 ) -> Mean:
-    """Computes how often the largest logit is the label's.
+    """Computes the fraction of positions whose largest logit is that of the label.
 
     Args:
-      logits: ``[..., V]``.
+      logits: ``[..., V]``, one score for each class.
       labels: ``[...]``, integers, as in :func:`softmax_cross_entropy`.
-      mask: boolean, true where valid; its shape begins the shape of ``labels``.
-      lengths: ``[B]``, for labels ``[B, T, ...]``.
+      mask: boolean, true at valid positions: ``[B]``, ``[B, T]`` or of the shape of
+        ``labels``.
+      lengths: ``[B]``, for labels ``[B, T, ...]``: the valid steps of each row.
 
     Returns:
       The mean over valid labels, between 0 and 1.
@@ -136,19 +146,25 @@ def sigmoid_cross_entropy(
 ) -> Mean:
     r"""Computes the cross-entropy of independent yes-or-no labels, in nats.
 
+    For a logit :math:`z` and its label :math:`y`,
+
     .. math:: -y \log \sigma(z) - (1 - y) \log \sigma(-z)
 
+    Use it when several classes may be true at once; where exactly one is true, use
+    :func:`softmax_cross_entropy`.
+
     Args:
-      logits: ``[...]``, floating.
-      labels: of the same shape: booleans, or numbers between 0 and 1.
-      mask: boolean, true where valid; its shape begins the shape of ``labels``.
-      lengths: ``[B]``, for labels ``[B, T, ...]``.
+      logits: ``[...]``, floating: above 0 for yes.
+      labels: of the same shape: booleans, or probabilities between 0 and 1.
+      mask: boolean, true at valid positions: ``[B]``, ``[B, T]`` or of the shape of
+        ``labels``.
+      lengths: ``[B]``, for labels ``[B, T, ...]``: the valid steps of each row.
 
     Returns:
       The mean over valid labels.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes do not fit, or a length is out of range.
 
     Example:
       >>> loss = jlstm.train.sigmoid_cross_entropy(jnp.zeros(3), jnp.array([0, 1, 1]))
@@ -171,16 +187,17 @@ def squared_error(
     """Computes the squared error, ``(prediction - target)**2``.
 
     Args:
-      predictions: ``[...]``.
+      predictions: ``[...]``, floating.
       targets: of the same shape.
-      mask: boolean, true where valid; its shape begins the shape of ``targets``.
-      lengths: ``[B]``, for targets ``[B, T, ...]``.
+      mask: boolean, true at valid positions: ``[B]``, ``[B, T]`` or of the shape of
+        ``targets``.
+      lengths: ``[B]``, for targets ``[B, T, ...]``: the valid steps of each row.
 
     Returns:
       The mean over valid elements.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes do not fit, or a length is out of range.
 
     Example:
       >>> print(jlstm.train.squared_error(jnp.ones((2, 3)), jnp.zeros((2, 3))).value)
@@ -202,17 +219,20 @@ def absolute_error(
 ) -> Mean:
     """Computes the absolute error, ``|prediction - target|``.
 
+    Outliers weigh less than in :func:`squared_error`.
+
     Args:
-      predictions: ``[...]``.
+      predictions: ``[...]``, floating.
       targets: of the same shape.
-      mask: boolean, true where valid; its shape begins the shape of ``targets``.
-      lengths: ``[B]``, for targets ``[B, T, ...]``.
+      mask: boolean, true at valid positions: ``[B]``, ``[B, T]`` or of the shape of
+        ``targets``.
+      lengths: ``[B]``, for targets ``[B, T, ...]``: the valid steps of each row.
 
     Returns:
       The mean over valid elements.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes do not fit, or a length is out of range.
 
     Example:
       >>> print(jlstm.train.absolute_error(jnp.zeros(2), jnp.array([1.0, -3.0])).value)
@@ -235,26 +255,31 @@ def quantile_loss(
 ) -> Mean:
     r"""Computes the quantile (pinball) loss of several quantiles at once.
 
+    For the quantile :math:`\tau`, its prediction :math:`\hat y_\tau` and the target
+    :math:`y`,
+
     .. math:: \max\big(\tau u, (\tau - 1) u\big), \qquad u = y - \hat y_\tau
 
-    which is least, on average, where :math:`\hat y_\tau` is the :math:`\tau`-quantile
-    of :math:`y`; at 0.5 it is half the absolute error. Nothing keeps predictions in the
-    order of their quantiles. Where quantiles ascend, predictions sorted along the last
-    axis have no higher a loss.
+    On average this loss is least where :math:`\hat y_\tau` is the :math:`\tau`-quantile
+    of :math:`y`. At :math:`\tau = 0.5` it is half the absolute error.
+
+    Nothing keeps the predictions in the order of their quantiles. If the quantiles
+    ascend, sort the predictions along the last axis: this never raises the loss.
 
     Args:
-      predictions: ``[..., Q]``, one a quantile.
+      predictions: ``[..., Q]``, one for each quantile.
       targets: ``[...]``.
-      quantiles: the ``Q`` values of :math:`\tau`, in ``(0, 1)``, such as
-        ``(0.1, 0.5, 0.9)``.
-      mask: boolean, true where valid; its shape begins the shape of ``targets``.
-      lengths: ``[B]``, for targets ``[B, T, ...]``.
+      quantiles: the ``Q`` values of :math:`\tau`, each between 0 and 1, such as
+        ``(0.1, 0.5, 0.9)`` for a median with an interval of 80 %.
+      mask: boolean, true at valid positions: ``[B]``, ``[B, T]`` or of the shape of
+        ``targets``.
+      lengths: ``[B]``, for targets ``[B, T, ...]``: the valid steps of each row.
 
     Returns:
       The mean over valid targets and all quantiles.
 
     Raises:
-      ValueError: shapes that do not fit, or a quantile out of range.
+      ValueError: shapes do not fit, or a quantile or length is out of range.
 
     Example:
       >>> predictions = jnp.array([[1.0, 2.0, 6.0]])
@@ -290,7 +315,13 @@ def quantile_loss(
 
 
 def bits(nats: Mean) -> Mean:
-    """Converts a mean in nats to bits, as in bits per character.
+    """Converts a mean in nats to bits, such as bits per character.
+
+    Args:
+      nats: a loss in nats, as :func:`softmax_cross_entropy` returns it.
+
+    Returns:
+      The same loss divided by ``log(2)``, with the same count.
 
     Example:
       >>> print(jlstm.train.bits(jlstm.train.Mean(jnp.log(8.0), jnp.int32(1))).value)
@@ -302,15 +333,17 @@ def bits(nats: Mean) -> Mean:
 def average(metrics: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Averages the metrics of many batches.
 
-    A :class:`Mean` is averaged exactly, total over count; a plain scalar counts the
-    same in each batch. Everything is fetched from the device once, and summed in
-    float64. A mean over nothing is NaN, so that it can never look like a good score.
+    The average of a :class:`Mean` is exact: the sum of all totals over the sum of all
+    counts. A plain scalar has the same weight in each batch. Everything is fetched from
+    the device at once, and summed in float64. The mean over nothing is NaN, so that it
+    cannot be taken for a good score.
 
     Args:
-      metrics: a dict a batch. A name missing from a batch does not count in it.
+      metrics: one dict for each batch. A batch without some name does not count in the
+        average of that name.
 
     Returns:
-      One float a name.
+      One float for each name.
 
     Example:
       >>> Mean = jlstm.train.Mean
@@ -327,7 +360,8 @@ def sum_metrics(
 ) -> dict[str, tuple[float, float]]:
     """Sums totals and counts by name, in float64, after one fetch from the device.
 
-    One by one onto ``sums``: in however many calls, the result has the same bits.
+    They are added to ``sums`` one by one, so the result has the same bits in however
+    many calls they come.
     """
     sums = dict(sums or {})
     for batch in jax.device_get(list(metrics)):
@@ -350,7 +384,7 @@ def divide(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
 
 
 def cross_entropies(z: Array, labels: Array, label_smoothing: float) -> Array:
-    """Returns the loss of each label, for logits ``z [..., V]`` as wide as it is."""
+    """Returns the loss of each label, for logits ``z [..., V]``."""
     z = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
     log_sum, score = _log_sum_and_score(z, labels)
     if label_smoothing:
@@ -409,7 +443,7 @@ def _is_label(labels: Array, z: Array) -> Array:
 
 
 def check_smoothing(where: str, label_smoothing: float) -> None:
-    """Refuses a weight outside ``[0, 1)``."""
+    """Refuses a label smoothing outside ``[0, 1)``."""
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(
             f"{where}: label_smoothing must be in [0, 1), got {label_smoothing}"
@@ -423,7 +457,7 @@ def check_labels(
     mask: ArrayLike | None,
     lengths: ArrayLike | None,
 ) -> tuple[Array, Array | None]:
-    """Checks logits and labels; returns labels in range, and what is valid."""
+    """Checks logits and labels; returns labels in range, and a mask of valid ones."""
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
@@ -458,7 +492,7 @@ def _check_pair(
     mask: ArrayLike | None,
     lengths: ArrayLike | None,
 ) -> tuple[Array, Array, Array | None]:
-    """Checks two arrays of one shape; returns both clean, and what is valid."""
+    """Checks two arrays of one shape; returns both cleaned, and a mask or None."""
     if jnp.shape(x) != jnp.shape(y):
         raise ValueError(
             f"{where}: the two arguments must have the same shape, got {type_name(x)} "
@@ -476,7 +510,7 @@ def _valid(
     mask: ArrayLike | None,
     lengths: ArrayLike | None,
 ) -> Array | None:
-    """Joins mask and lengths to one boolean array that begins ``shape``, or None."""
+    """Combines mask and lengths into one boolean array that begins ``shape``."""
     valid = None
     if mask is not None:
         valid = jnp.asarray(mask)

@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The training state: everything that one step of training hands to the next."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from jlstm.types import Array, PyTree
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss, a gradient or a state that is not finite."""
+    """Raised when a loss, a gradient or a state holds NaN or infinity."""
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a training step reads and replaces.
+    """Everything that a training step reads and replaces.
+
+    :func:`create_state` makes it. It is a pytree, so it can be passed to compiled
+    functions, saved and loaded.
 
     Attributes:
-      step: number of steps taken, an int32 scalar.
-      params: the parameters.
-      opt_state: the state of the optax transformation.
-      key: the typed PRNG key all randomness derives from, or None for none. Step ``n``
-        uses ``fold_in(key, n)``, so that a resumed run repeats the uninterrupted one.
-      carry: what the model hands from one batch to the next in truncated
+      step: the number of steps taken, an int32 scalar.
+      params: the params of the model, a pytree of arrays.
+      opt_state: the state of the optax transformation, such as Adam's moments.
+      key: the typed PRNG key from which all randomness of training derives, or None
+        for training without randomness. The step after ``n`` steps uses
+        ``fold_in(key, n)``, so a run that is continued draws the same numbers as one
+        that was never interrupted.
+      carry: the carry that the model hands from one batch to the next in truncated
         backpropagation through time; None where batches are independent.
-      ema: an exponential moving average of the params; None for none.
-      loss_scale: what keeps gradients in the range of float16; None for none.
+      ema: an exponential moving average of the params; None if none is kept.
+      loss_scale: the factor that keeps float16 gradients from underflowing; None for
+        other dtypes.
     """
 
     step: Array
@@ -42,14 +48,17 @@ class TrainState:
 
 @flax.struct.dataclass
 class LossScale:
-    """The factor of the loss in a step whose gradients are float16.
+    """The factor by which the loss is multiplied while gradients are float16.
 
-    It is halved by a step that overflows, and doubled after ``growth_steps`` steps in a
-    row that do not.
+    Small float16 gradients would become zero; a large factor keeps them in range, and
+    the gradients are divided by it afterwards. A step whose gradients overflow is
+    skipped and halves the factor, down to 1. After 2,000 steps in a row without an
+    overflow the factor is doubled, up to ``2.0**24``.
 
     Attributes:
-      scale: the factor, float32.
-      good_steps: steps since it last changed, int32.
+      scale: the factor, a float32 scalar.
+      good_steps: the number of steps without an overflow since the factor last changed,
+        an int32 scalar.
     """
 
     scale: Array
@@ -65,26 +74,30 @@ def create_state(
     ema: bool = False,
     loss_scale: float | None = None,
 ) -> TrainState:
-    """Makes the state of step 0.
+    """Makes the state from which training begins, at step 0.
 
-    Every leaf is copied: a train step donates its state, and the arrays passed in here
-    stay usable.
+    Every array is copied. A training step reuses the memory of its state, so the arrays
+    that you pass in here stay usable.
 
     Args:
-      params: the parameters.
-      tx: the optax transformation that will update them.
-      key: a typed key (``jax.random.key``), or None to train without randomness.
-      carry: the first carry of truncated backpropagation, ``model.init_carry(...)``.
-      ema: whether to keep an average of the params, for
-        ``make_train_step(ema_decay=...)``.
-      loss_scale: the first factor of the loss, such as ``2.0**15``, where gradients are
-        float16; bfloat16 needs none.
+      params: the initial params, as ``model.init`` returns them.
+      tx: the optax transformation that updates them. Give the same one to
+        :func:`make_train_step`.
+      key: ``jax.random.key(seed)``, for models with dropout or other noise; None to
+        train without randomness.
+      carry: the first carry of truncated backpropagation through time,
+        ``model.init_carry(params, (B,))``; None where batches are independent.
+      ema: whether to keep an average of the params. It takes the memory of one more
+        copy of them, and ``make_train_step(ema_decay=...)`` updates it.
+      loss_scale: the initial factor of the loss, for float16 gradients; ``2.0**15`` is
+        a usual value. float32 and bfloat16 need none.
 
     Returns:
       The state.
 
     Raises:
-      ValueError: ``key`` is not one typed PRNG key, or ``loss_scale`` not positive.
+      ValueError: ``tx`` is no optax transformation, ``key`` is not one typed PRNG key,
+        or ``loss_scale`` is not positive.
 
     Example:
       >>> tx = jlstm.train.adamw(1e-3)
@@ -124,10 +137,10 @@ def create_state(
 
 
 def check_alive(where: str, tree: PyTree) -> None:
-    """Refuses arrays whose memory a train step has taken.
+    """Refuses arrays whose memory a training step has reused.
 
     Raises:
-      ValueError: saying where the new ones are.
+      ValueError: an array was donated; the message says where the new one is.
     """
     arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
     if any(not isinstance(x, Tracer) and x.is_deleted() for x in arrays):

@@ -1,4 +1,4 @@
-"""From a loss function to compiled steps of training and evaluation."""
+"""Compiled steps of training and evaluation, made from a loss function."""
 
 from __future__ import annotations
 
@@ -29,16 +29,19 @@ TrainStep = Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
 EvalStep = Callable[..., tuple[Metrics, PyTree]]
 
 
-# Gradients that the devices of a CPU sum all at once are all held twice.
+# XLA would combine the sums of all gradients over the devices of a CPU into one, and
+# hold every gradient twice meanwhile.
 _SUMS_APART = {"xla_disable_hlo_passes": "cpu-all-reduce-combiner"}
 
 
 class Aux(NamedTuple):
-    """What a loss function returns beside the loss.
+    """The second result of a loss function: its metrics and its carry.
 
     Attributes:
-      metrics: scalars or :class:`Mean`, by name.
-      carry: the carry for the next batch, in truncated backpropagation through time.
+      metrics: what to report beside the loss, by name. Each is a scalar or, to be
+        averaged by weight, a :class:`Mean`.
+      carry: in truncated backpropagation through time, the carry for the next batch;
+        otherwise None.
     """
 
     metrics: Mapping[str, Any]
@@ -46,12 +49,19 @@ class Aux(NamedTuple):
 
 
 class LossFn(Protocol):
-    """``loss_fn(params, batch, *, key, carry) -> (loss, Aux)``."""
+    """The signature ``loss_fn(params, batch, *, key, carry) -> (loss, Aux)``.
+
+    You write such a function for your model and data. ``batch`` is what the iterable of
+    batches yields. ``key`` is a PRNG key for dropout, or None when there is to be none
+    (always in evaluation). ``carry`` is the carry from the batch before, or None. The
+    loss is a scalar or, if batches differ in the number of valid steps, a
+    :class:`Mean`, as the losses of :mod:`jlstm.train` return it.
+    """
 
     def __call__(
         self, params: PyTree, batch: Any, *, key: Array | None, carry: PyTree
     ) -> tuple[Mean | Array, Aux]:
-        """Returns the loss, a :class:`Mean` or a scalar, and the rest."""
+        """Returns the loss, as a :class:`Mean` or a scalar, and an :class:`Aux`."""
         ...
 
 
@@ -64,49 +74,61 @@ def make_train_step(
     donate: bool = True,
     debug_nans: bool = False,
 ) -> TrainStep:
-    r"""Makes ``step(state, batch) -> (state, metrics)``, compiled once a shape.
+    r"""Makes the function ``step(state, batch) -> (state, metrics)`` that trains.
 
-    Step ``n`` calls ``loss_fn(params, batch, key=fold_in(state.key, n),
-    carry=state.carry)``, and ``key=None`` where the state has none. The carry that it
-    returns becomes that of the new state; no gradient passes through a carry, in or
-    out. The metrics gain ``loss`` and ``grad_norm``, the latter before any clipping.
+    It is compiled once for each shape of the batch. The step after :math:`n` steps
+    calls ``loss_fn(params, batch, key=fold_in(state.key, n), carry=state.carry)``, with
+    ``key=None`` if the state has no key. It differentiates the loss with respect to the
+    params and applies ``tx``. The carry that the loss returns becomes the carry of the
+    new state; no gradient passes through it. The metrics are those of the loss, with
+    ``loss``, ``grad_norm`` (the norm of the gradient before any clipping), ``skipped``
+    and, if the state has one, ``loss_scale``.
 
-    A step whose loss, gradient, new params or new carry is not finite changes nothing
-    but the count of steps; its metric ``skipped`` is 1, else 0. :func:`fit` counts
-    these, and raises where they do not end.
+    A step is skipped if its loss or gradient is not finite, or its new carry contains
+    NaN. Only the count of steps changes then, and ``skipped`` is 1 instead of 0.
+    :func:`fit` counts these steps, and raises after too many in a row.
 
-    With ``accumulate=k`` the batch is read in ``k`` parts of as many rows, one after
-    another, in the memory of one. With :math:`(S_i, N_i)` the total and the count of
-    the :class:`Mean` of part :math:`i`, the gradient is that of
-    :math:`\sum_i S_i / \sum_i N_i`, as of the whole batch, however padding is spread.
-    A plain scalar, which does not know its weight, is averaged. Part ``i`` has the key
+    With ``accumulate=k`` the batch is cut into ``k`` parts with equally many rows,
+    which are processed one after another in the memory of one. With :math:`(S_i, N_i)`
+    the total and the count of the :class:`Mean` of part :math:`i`, the gradient is that
+    of :math:`\sum_i S_i / \sum_i N_i`. This is the gradient of the whole batch, even if
+    some parts have more padding than others. A loss that is a plain scalar has no
+    count; its average over the parts is taken. Part :math:`i` gets the key
     ``fold_in(key, i)``.
 
-    With an average of the params, :math:`\bar\theta \leftarrow d \bar\theta + (1 - d)
-    \theta` with :math:`d = \min(\text{ema\_decay}, (1 + n) / (10 + n))` after step
-    :math:`n`, so that it soon forgets where params began.
+    With ``ema_decay`` the average of the params is updated after each step,
 
-    A state with a key whose loss does not depend on it earns one warning: dropout is
-    off, most likely because the key was not passed on to ``apply``.
+    .. math::
+        \bar\theta \leftarrow d \bar\theta + (1 - d) \theta, \qquad
+        d = \min\left(\text{ema\_decay}, \frac{1 + n}{10 + n}\right)
+
+    so that it soon forgets the initial params.
+
+    If the state has a key and the loss does not depend on it, the first step warns that
+    dropout is off. Most likely the key was not passed on to ``apply``.
 
     Args:
-      loss_fn: the loss, see :class:`LossFn`.
-      tx: the transformation that ``create_state`` got.
-      accumulate: in how many parts a batch is read.
-      ema_decay: of the average that ``create_state(ema=True)`` keeps.
-      donate: whether the new state takes the memory of the old one, which is then gone.
-      debug_nans: finds the operation that first gives NaN or infinity: a step that is
-        not finite is taken again, operation by operation. Every step is waited for, and
-        none is donated.
+      loss_fn: the loss; see :class:`LossFn`.
+      tx: the optax transformation that ``create_state`` was given.
+      accumulate: the number of parts into which each batch is cut. Raise it when a
+        batch does not fit in memory; the batch size must be a multiple of it.
+      ema_decay: the decay :math:`d` of the averaged params, from 0 to below 1, such as
+        0.999: the average covers about ``1 / (1 - ema_decay)`` steps. It needs
+        ``create_state(ema=True)``; None if there is no average.
+      donate: whether the new state reuses the memory of the old one, which then cannot
+        be read any more. False keeps the old state, for twice the memory.
+      debug_nans: whether to search for the operation that first gives NaN or infinity.
+        A step that is not finite is repeated operation by operation. The option is
+        slow: the program waits for every step, and no state is donated.
 
     Returns:
-      The step. It raises ``ValueError`` for a loss that is not a scalar, a missing
-      :class:`Aux`, a carry of another structure, shape or dtype than the state's, and
-      a state that an earlier step has taken; and, with ``debug_nans``,
+      The step. It raises ``ValueError`` if the loss is not a scalar, an :class:`Aux` is
+      missing, the carry differs from the state's in structure, shape or dtype, or the
+      state was donated to an earlier step. With ``debug_nans`` it also raises
       :class:`NonFiniteError`.
 
     Raises:
-      ValueError: an option is out of range.
+      ValueError: ``tx`` is no optax transformation, or an option is out of range.
 
     Example:
       >>> train = jlstm.train
@@ -295,18 +317,18 @@ def _average(ema: PyTree, params: PyTree, step: Array, decay: float | None) -> P
 
 
 def _wide(leaf: Array) -> Array:
-    """Squares of float16 would be lost."""
+    """Widens a leaf to float32 at least, since squares of float16 would underflow."""
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _zero(tree: PyTree) -> Array:
-    """Returns 0, or NaN where the tree has one; infinity may be meant in a carry."""
+    """Returns 0, or NaN if a leaf has one; a carry may contain infinity on purpose."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     marks = [jnp.where(jnp.isnan(x).any(), jnp.nan, 0.0) for x in floats]
     return sum(marks, jnp.float32(0))
 
 
-# So many steps in a row that do not overflow double the factor of the loss.
+# After so many steps in a row without an overflow, the loss scale is doubled.
 _GROWTH_STEPS = 2000
 _LARGEST_SCALE = 2.0**24
 
@@ -346,15 +368,18 @@ def _find_nans(gradients: Callable, state: TrainState, batch: PyTree) -> None:
 
 
 def make_eval_step(loss_fn: LossFn) -> EvalStep:
-    """Makes ``eval_step(params, batch, carry=None) -> (metrics, carry)``, compiled.
+    """Makes the compiled function ``eval_step(params, batch, carry=None)``.
 
-    The loss is called with ``key=None``: no dropout.
+    It returns ``(metrics, carry)`` and is compiled once for each shape of the batch.
+    The loss is called with ``key=None``, so there is no dropout.
 
     Args:
-      loss_fn: the loss, see :class:`LossFn`.
+      loss_fn: the loss; see :class:`LossFn`. It may be the one that
+        :func:`make_train_step` was given.
 
     Returns:
-      The step; its metrics include ``loss``.
+      The step, for :func:`evaluate` and :func:`evaluate_every`. Its metrics are those
+      of the loss, and ``loss``.
 
     Example:
       >>> train = jlstm.train
@@ -378,23 +403,25 @@ def make_eval_step(loss_fn: LossFn) -> EvalStep:
 def evaluate(
     eval_step: EvalStep, params: PyTree, batches: Iterable[Any], carry: PyTree = None
 ) -> dict[str, float]:
-    """Averages the metrics of a data set, with one fetch from the device at the end.
+    """Averages the metrics of a data set.
 
-    The carry that a batch returns goes to the next; a loss over independent batches
-    returns none.
+    The carry that the loss returns for one batch is passed on with the next. All
+    metrics are fetched from the device at once, after the last batch.
 
     Args:
       eval_step: from :func:`make_eval_step`.
-      params: the parameters.
-      batches: any iterable.
-      carry: the first carry.
+      params: the params to score, such as ``state.params`` or ``state.ema``.
+      batches: any iterable of batches, which is read once.
+      carry: the carry for the first batch, where batches continue each other;
+        otherwise None.
 
     Returns:
-      One float a metric: exact for a :class:`Mean`, however the items are batched; a
-      plain scalar counts the same in each batch.
+      One float for each metric. Averages of a :class:`Mean` are exact, however the data
+      are cut into batches; a plain scalar has the same weight in each batch.
 
     Raises:
-      ValueError: there are no batches, or a train step has taken the params.
+      ValueError: there are no batches, ``eval_step`` is no such step, ``params`` is a
+        whole state, or the params were donated to a training step.
 
     Example:
       See :func:`make_eval_step`.
@@ -415,10 +442,10 @@ def evaluate(
 
 
 def check_takes(where: str, step: Any, **arguments: Any) -> None:
-    """Refuses what is no train or eval step, such as a loss function.
+    """Refuses a function that is not a training or evaluation step.
 
     Raises:
-      ValueError: it does not take the arguments.
+      ValueError: the function does not take these arguments.
     """
     maker, other = "make_train_step", "params"
     if "params" in arguments:
@@ -429,7 +456,7 @@ def check_takes(where: str, step: Any, **arguments: Any) -> None:
         fits = next(iter(signature.parameters)) != other
     except TypeError:
         fits = False
-    except ValueError:  # of what does not tell
+    except ValueError:  # a callable that does not tell its signature
         fits = True
     if not fits:
         raise ValueError(
