@@ -1,7 +1,9 @@
-"""Optax training loops, ignorant of recurrence.
+"""Training: compiled steps, a loop with hooks, losses, optimisers and checkpoints.
 
-A loss function ``loss_fn(params, batch, *, key, carry) -> (loss, Aux)`` becomes a
-compiled step, :func:`fit` runs it, and hooks do everything else.
+You write a loss function ``loss_fn(params, batch, *, key, carry) -> (loss, Aux)``.
+:func:`make_train_step` compiles it to a step, :func:`fit` calls the step for each
+batch, and hooks do the rest: they evaluate, log, and stop the run. Nothing here knows
+of recurrence, so any JAX model can be trained.
 """
 
 from jlstm.train.checkpoint import load, save

@@ -1,4 +1,4 @@
-"""Pytrees of arrays on disk, by Orbax: whole, and with the bytes that were written."""
+"""Pytrees of arrays on disk, written by Orbax, with a hash of each file."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ T = TypeVar("T")
 def save(
     path: str | os.PathLike[str], tree: PyTree, *, overwrite: bool = False
 ) -> None:
-    """Writes a pytree of arrays to a folder, all or nothing.
+    """Writes a pytree of arrays to a folder, whole or not at all.
 
-    A folder of this name appears only when all is on the disk, with the SHA-256 of each
-    file. Leaves keep shape and dtype, typed PRNG keys included.
+    The folder gets its name only when everything is on the disk, with the SHA-256 of
+    each file. Shapes and dtypes are kept, and typed PRNG keys can be saved too.
 
     Args:
-      path: of the folder.
-      tree: the pytree, such as a ``TrainState`` or params.
-      overwrite: whether an old checkpoint may be replaced.
+      path: the path of the folder, such as ``"runs/a/params"``.
+      tree: the pytree of arrays, such as params or a whole ``TrainState``.
+      overwrite: whether to replace what is at ``path``. The old folder stays until the
+        new one is whole.
 
     Raises:
       FileExistsError: there is something at ``path``, and ``overwrite`` is false.
-      ValueError: the tree has no leaves.
+      ValueError: the tree has no arrays.
 
     Example:
       >>> import tempfile
@@ -66,18 +67,19 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     """Reads the pytree that :func:`jlstm.train.save` wrote.
 
     Args:
-      path: of the folder.
-      like: a pytree of the same structure, shapes and dtypes; of arrays,
-        whose shardings the result takes over, or of ``jax.eval_shape``, which means the
-        first device.
+      path: the path of the folder.
+      like: a pytree of the same structure, shapes and dtypes. If it holds arrays, such
+        as freshly made params, the result is placed on the same devices. If it holds
+        shapes alone, from ``jax.eval_shape``, the result is on the first device.
 
     Returns:
-      The pytree, of the structure of ``like``.
+      The saved arrays, in the structure of ``like``.
 
     Raises:
       FileNotFoundError: there is nothing at ``path``.
-      ValueError: it is not a checkpoint, a file of it is not as it was written, or a
-        leaf is missing, unexpected, or of another shape or dtype; names the first.
+      ValueError: there is no checkpoint at ``path``, a file of it was changed, or an
+        array is missing, unexpected, or of another shape or dtype; the message names
+        the first one.
 
     Example:
       See :func:`save`.
@@ -99,14 +101,14 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
 
 
 def orbax() -> Any:
-    """Imports Orbax, which takes its time."""
+    """Imports Orbax when it is needed, since the import is slow."""
     from orbax.checkpoint import v1 as ocp
 
     return ocp
 
 
 def begin_together(folder: Path) -> Path:
-    """Makes an empty folder beside one that is to be, for all processes."""
+    """Makes, for all processes, the folder that is renamed to ``folder`` when whole."""
     half = part_of(folder)
     if jax.process_index() == 0:
         begin(folder)
@@ -115,7 +117,7 @@ def begin_together(folder: Path) -> Path:
 
 
 def barrier(name: str) -> None:
-    """Waits for all processes."""
+    """Waits until all processes are here."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -123,11 +125,11 @@ def barrier(name: str) -> None:
 
 
 def by_the_first(action: Callable[[], T]) -> T | None:
-    """Does something in the first process; in the others returns None.
+    """Runs an action in the first process; returns None in the others.
 
     Raises:
-      ValueError: in all processes, where it failed in the first, which raises its own
-        error.
+      ValueError: in all other processes, if the action failed in the first, which
+        raises its own error.
     """
     made, problem = None, None
     if jax.process_index() == 0:
@@ -144,7 +146,7 @@ def by_the_first(action: Callable[[], T]) -> T | None:
 
 
 def agree(number: int) -> int:
-    """Returns the number of the first process."""
+    """Returns the number that the first process was given, in all processes."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
@@ -159,7 +161,7 @@ def storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_types(folder: Path) -> dict[str, Any]:
-    """Reads names, shapes and dtypes of the arrays of a checkpoint."""
+    """Reads the names, shapes and dtypes of the arrays of a checkpoint."""
     try:
         found: Any = orbax().metadata(str(folder / ARRAYS)).metadata
     except Exception as error:
@@ -168,7 +170,7 @@ def read_types(folder: Path) -> dict[str, Any]:
 
 
 def read_arrays(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the arrays of a checkpoint, placed as those that are expected."""
+    """Reads the arrays of a checkpoint, onto the devices of the expected ones."""
     targets = {name: _place(leaf) for name, leaf in storable(expected).items()}
     loaded: Any = orbax().load(str(folder / ARRAYS), targets)
     return {
@@ -180,7 +182,7 @@ def read_arrays(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _free(loaded: jax.Array, like: Any) -> jax.Array:
-    """Leaves an array free to move to other devices where that it stands for is."""
+    """Uncommits a loaded array from its device if the array it replaces was."""
     if not isinstance(like, jax.Array) or like.committed or jax.process_count() > 1:
         return loaded
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
@@ -192,9 +194,9 @@ def _free(loaded: jax.Array, like: Any) -> jax.Array:
 
 
 def _place(leaf: Any) -> Any:
-    """Gives a leaf without sharding the first device, not the one it was saved from.
+    """Places a leaf without sharding on the first device, not where it was saved from.
 
-    Of several processes each gets the whole of what only it would have.
+    With several processes, each gets a whole copy of what is not shared.
     """
     sharding = getattr(leaf, "sharding", None)
     if jax.process_count() > 1 and (sharding is None or sharding.is_fully_addressable):
@@ -210,7 +212,9 @@ def _place(leaf: Any) -> Any:
 def check_types(
     folder: Path, saved: Mapping[str, Any], expected: Mapping[str, Any], part: str = ""
 ) -> None:
-    """Compares types, of all that is expected and of all that is saved in a part.
+    """Compares the types of the expected arrays with those that were saved.
+
+    Of the saved arrays only those count whose names begin with ``part``.
 
     Raises:
       ValueError: naming the first leaf that is missing, unexpected, or of another type.
@@ -234,7 +238,7 @@ def check_types(
 
 
 def _stored_type(leaf: Any) -> str:
-    """Writes a leaf's type as it is on disk: keys are stored as their data."""
+    """Writes a leaf's type as it is on disk, where a key is stored as its data."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     return type_name(leaf)

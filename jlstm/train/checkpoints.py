@@ -1,16 +1,16 @@
-"""Checkpoints: arrays by Orbax, in folders that are whole, and whose bytes are known.
+"""Checkpoints of a run: folders that are written whole, with a hash of each file.
 
-A folder of a run's checkpoints::
+The checkpoints of a run lie in one folder::
 
     checkpoints/
       step_000001200/
         arrays/        the training state, as Orbax writes it
         run.json       the rest: data position, hooks, metrics, fingerprints
         manifest.json  SHA-256 of each file above
-      resumes.json     how often the run was resumed, and what it cost
+      resumes.json     how often the run was continued, and what that cost
 
-A checkpoint is made in a folder ``NAME.part``, which gets its name when all is on the
-disk; what a killed process left of one is removed by the next.
+A checkpoint is written to a folder ``NAME.part``, which is renamed when everything is
+on the disk. If a process is killed before, the next one removes the rest.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ RUN = "run.json"
 
 @dataclasses.dataclass
 class Restored:
-    """What a checkpoint held.
+    """The content of a checkpoint.
 
     Attributes:
-      step: its step.
+      step: the step after which it was saved.
       state: the training state.
-      record: the rest, as :meth:`Checkpoints.save` got it.
+      record: everything else, as it was given to :meth:`Checkpoints.save`.
     """
 
     step: int
@@ -75,29 +75,37 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run, for :func:`jlstm.train.fit`.
 
-    They hold the whole truth of a run: params, optimiser state, step, key, carry, the
-    position in the data, the metrics since the last report, and what hooks remember. A
-    run that goes on from one ends with the very bits of one that was never interrupted.
-    They are written beside the run, on a thread of its own.
+    A checkpoint contains everything that the run needs to continue: params, optimiser
+    state, step, key, carry, the place in the data, the metrics since the last report,
+    and the state of hooks. A run that continues from one ends with the same bits as one
+    that was never interrupted. Checkpoints are written by a thread of their own, while
+    training goes on.
 
-    Only a state that is finite throughout is saved. On the way back every file is
-    compared with its SHA-256: a damaged checkpoint is set aside as ``NAME.damaged``,
-    and the one before it is taken, which a line on stderr says.
+    A state with NaN or infinity is not saved, unless the same arrays had such values
+    at the beginning. When a run continues, every file is compared with its SHA-256. A
+    damaged checkpoint is renamed to ``NAME.damaged``, the one before it is used, and a
+    line on stderr says so.
 
     Attributes:
-      folder: where they lie; several processes must see the same.
-      every: steps between two; None goes by the clock.
-      minutes: between two, where ``every`` is None.
-      keep: how many of the newest are kept.
-      best: a metric, such as ``"validation_loss"``, whose best checkpoint is kept too.
-      mode: whether the least or the greatest value is best.
-      resume: ``"auto"`` goes on where there is a checkpoint, ``"must"`` refuses to
-        begin anew, ``"never"`` refuses to go on.
-      identity: what must be the same in a run that goes on, such as its config. The
-        fingerprint of the data is compared besides.
-      resumes: how often the run went on from a checkpoint, so far.
-      steps_replayed: how many steps were taken a second time for that.
-      last_state: the state of the last report, of a run that ended.
+      folder: the folder of the checkpoints, made if it does not exist. Several
+        processes must see the same one.
+      every: the number of steps between two checkpoints; None uses ``minutes``.
+      minutes: the time between two checkpoints, in minutes. It bounds the work that a
+        crash can cost.
+      keep: how many of the newest checkpoints are kept. Each takes the disk space of
+        the params and the optimiser state.
+      best: the name of a metric, such as ``"validation_loss"``; the checkpoint with its
+        best value is kept as well, for :meth:`load_best`. None keeps the newest only.
+      mode: ``"min"`` if lower values of ``best`` are better, ``"max"`` if higher ones
+        are.
+      resume: what to do at the start. ``"auto"`` continues if there is a checkpoint,
+        ``"must"`` raises if there is none, ``"never"`` raises if there is one.
+      identity: a dict of whatever makes up the run and must not change when it
+        continues, such as learning rate and sizes. The data are compared by their
+        fingerprint without being named here.
+      resumes: how often the run has continued from a checkpoint so far.
+      steps_replayed: how many steps were taken a second time because of that.
+      last_state: the state in the last report, once the run has ended.
 
     Example:
       >>> import tempfile
@@ -128,7 +136,7 @@ class Checkpoints:
         """Checks the options.
 
         Raises:
-          ValueError: one is out of range.
+          ValueError: an option is out of range.
         """
         self.folder = Path(self.folder).absolute()
         if not isinstance(self.identity, Mapping):
@@ -171,17 +179,19 @@ class Checkpoints:
     def open(self, state: PyTree, data: Any) -> Restored | None:
         """Locks the folder, and reads the newest checkpoint that is whole.
 
+        :func:`jlstm.train.fit` calls it.
+
         Args:
-          state: of the structure, shapes, dtypes and shardings that are expected.
+          state: a state of the expected structure, shapes, dtypes and shardings.
           data: the fingerprint of the data.
 
         Returns:
-          What it held; None where the run begins.
+          The content of the checkpoint; None if the run begins.
 
         Raises:
           InUse: another process works in the folder.
-          ValueError: it belongs to another config or other data; all checkpoints are
-            damaged; or ``resume`` forbids what there is to do.
+          ValueError: the checkpoints belong to another identity or other data, all of
+            them are damaged, or ``resume`` forbids to begin or to continue.
         """
         self._identity = _plain({**self.identity, "data": data})
         self._odd = frozenset(not_finite(state))
@@ -208,7 +218,7 @@ class Checkpoints:
         return step
 
     def _clean(self) -> None:
-        """Removes what a killed process left half done, and undoes half a change."""
+        """Removes what a killed process left unfinished, and restores what it moved."""
         for former in self.folder.glob("*.former"):
             name = former.with_suffix("")
             shutil.rmtree(former) if name.exists() else os.rename(former, name)
@@ -252,7 +262,7 @@ class Checkpoints:
 
     def _check_identity(self, folder: Path, saved: dict[str, Any]) -> None:
         lines = difference(saved, self._identity)
-        # Hashes say nothing where words do.
+        # Where words name a difference, hashes add nothing.
         told = [line for line in lines if not line.startswith("data.batches")]
         if lines:
             lines = told or ["data: the same in kind and length, but other numbers"]
@@ -266,7 +276,7 @@ class Checkpoints:
         folder = self._folder(step)
         record = json.loads((folder / RUN).read_bytes())
         expected = _prefixed(state)
-        # What hooks keep has the placement of scalars, of which each device has all.
+        # What hooks keep is placed like a scalar, of which each device has a copy.
         place = jax.tree.leaves(state)[0].sharding
         for name, leaf in read_types(folder).items():
             if not name.startswith("state/"):
@@ -281,7 +291,7 @@ class Checkpoints:
         return Restored(step, rebuild(state, own), record)
 
     def _count(self, step: int) -> None:
-        """Counts the resumption, and the steps that are taken a second time."""
+        """Counts that the run continues, and the steps that are taken a second time."""
         file = self.folder / "steps_begun"
         begun = int.from_bytes(file.read_bytes(), "little") if file.exists() else 0
         counts = {"resumes": 0, "steps_replayed": 0}
@@ -297,19 +307,19 @@ class Checkpoints:
             self._counter = mmap.mmap(opened.fileno(), 8)
 
     def at_the_beginning(self, hooks: list[Any]) -> list[Any]:
-        """Returns what hooks remembered when the run was first begun here."""
+        """Returns the states that hooks had when the run first began here."""
         file = self.folder / "begun.json"
         if jax.process_index() == 0 and not file.exists():
             write_json(file, _split(hooks, None))
         return _join(json.loads(file.read_bytes()), {}) if file.exists() else hooks
 
     def begin_step(self, step: int) -> None:
-        """Notes, where even a killed process leaves it, that a step is begun."""
+        """Notes the step that begins, where a killed process leaves the note."""
         if self._counter is not None:
             self._counter[:] = step.to_bytes(8, "little")
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Tells whether a report has the best value so far of the metric ``best``."""
+        """Tells whether a report has the best value of the metric ``best`` so far."""
         value = metrics.get(self.best or "")
         if value is None or not np.isfinite(value):
             return False
@@ -317,7 +327,7 @@ class Checkpoints:
         return old is None or (value < old if self.mode == "min" else value > old)
 
     def warn_without_best(self, metrics: Mapping[str, float]) -> None:
-        """Warns at the end of a run that never had the metric ``best``."""
+        """Warns at the end of a run in which no report had the metric ``best``."""
         if self.best is not None and not self._best:
             warnings.warn(
                 f"Checkpoints: no report had a number for best={self.best!r}; the last "
@@ -326,7 +336,7 @@ class Checkpoints:
             )
 
     def due(self, step: int, *, at_report: bool) -> bool:
-        """Tells whether it is time to save."""
+        """Tells whether it is time to save a checkpoint."""
         if step == self.saved_step:
             return False
         if self.every is not None:
@@ -334,7 +344,7 @@ class Checkpoints:
         late = time.monotonic() - self._saved_at >= 60 * self.minutes
         if jax.process_count() == 1:
             return late
-        # The clock of the first process decides for all, now and then.
+        # The clock of the first process decides for all, at reports only.
         return at_report and agree(int(late)) == 1
 
     def save(
@@ -345,16 +355,16 @@ class Checkpoints:
         *,
         best: float | None = None,
     ) -> None:
-        """Begins to save, and returns as soon as the state is copied.
+        """Starts to save a checkpoint, and returns once the state is copied.
 
         Args:
           step: the number of steps taken.
           state: the training state.
-          record: anything else, of JSON's types and arrays.
-          best: the value of the best metric, if this checkpoint has it.
+          record: anything else, in JSON's types and arrays.
+          best: the value of the metric ``best``, if this checkpoint has the best one.
 
         Raises:
-          NonFiniteError: a number of the state is not finite.
+          NonFiniteError: the state contains NaN or infinity.
           OSError: the checkpoint before it could not be written.
         """
         self.wait()
@@ -410,7 +420,7 @@ class Checkpoints:
         )
 
     def describe_last(self) -> str:
-        """Says which step a run would go on from."""
+        """Says from which step the run would continue."""
         steps = self.steps() if self.folder.is_dir() else []
         return (
             f"the last checkpoint is of step {steps[-1]}"
@@ -422,24 +432,24 @@ class Checkpoints:
         steps = self.steps()
         for step in steps[: -self.keep]:
             if step != best:
-                # A name that is gone at once, so that none is found half removed.
+                # Renamed first, so that no half-removed checkpoint has a valid name.
                 gone = self._folder(step).with_suffix(".part")
                 os.rename(self._folder(step), gone)
                 shutil.rmtree(gone)
 
     def check(self) -> None:
-        """Raises what went wrong meanwhile, if anything did."""
+        """Raises the error of a checkpoint whose writing has failed, if any."""
         if self._saving is not None and self._saving.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until what is being saved is on the disk."""
+        """Waits until the checkpoint that is being saved is on the disk."""
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.result()
 
     def close(self) -> None:
-        """Waits for what is being saved, and gives the folder free."""
+        """Waits for the checkpoint that is being saved, and unlocks the folder."""
         try:
             self.wait()
         finally:
@@ -454,7 +464,7 @@ class Checkpoints:
     # What a user may ask.
 
     def steps(self) -> list[int]:
-        """Lists the steps of which there is a checkpoint, in their order."""
+        """Lists the steps of all checkpoints in the folder, in ascending order."""
         found = []
         for path in self.folder.glob("step_*"):
             digits = path.name.removeprefix("step_")
@@ -466,7 +476,10 @@ class Checkpoints:
         """Reads the state that had the best value of the metric ``best``.
 
         Args:
-          state: of the structure that is expected, as the last report has it.
+          state: a state of the expected structure, such as ``report.state``.
+
+        Returns:
+          The saved state.
 
         Raises:
           ValueError: no report had the metric, or the checkpoint is damaged.
@@ -510,16 +523,17 @@ def _copy_and_check(tree: PyTree, odd: frozenset[str]) -> tuple[PyTree, Any]:
 
 
 def _copy(state: PyTree, odd: frozenset[str]) -> tuple[PyTree, bool]:
-    """Copies a state, whose memory the next step takes; tells whether it is finite.
+    """Copies a state, whose memory the next step reuses; tells whether it is finite.
 
-    What was not finite at the beginning, as a mask of minus infinity, need not be.
+    An array that was not finite at the beginning, such as a mask of minus infinity, is
+    not checked.
     """
     copy, finite = _copy_and_check(state, odd)
     return copy, bool(finite)
 
 
 def not_finite(state: PyTree) -> list[str]:
-    """Names the leaves that are not finite throughout."""
+    """Names the arrays that contain NaN or infinity."""
     return [
         name
         for name, leaf in name_leaves(state).items()
@@ -528,7 +542,7 @@ def not_finite(state: PyTree) -> list[str]:
 
 
 def _unused(folder: Path) -> Path:
-    """Names a damaged folder."""
+    """Returns a free name for a damaged checkpoint."""
     aside, number = folder.with_name(folder.name + ".damaged"), 1
     while aside.exists():
         number += 1
@@ -541,9 +555,10 @@ def _prefixed(state: PyTree) -> dict[str, Any]:
 
 
 def _split(value: Any, arrays: dict[str, Any] | None) -> Any:
-    """Takes JAX's arrays out of nested dicts and lists; leaves their names there.
+    """Moves the JAX arrays in nested dicts and lists to ``arrays``, and leaves names.
 
-    NumPy's stay, as text: JAX would change their dtypes. Without ``arrays`` all do.
+    NumPy arrays become text, since JAX would change their dtypes. Without ``arrays``,
+    all arrays do.
     """
     if isinstance(value, jax.Array) and arrays is not None and value.size:
         name = f"other/{len(arrays)}"
@@ -588,7 +603,7 @@ def _join(value: Any, arrays: Mapping[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Writes a value in JSON's types, floats that it lacks by their names."""
+    """Writes a value in JSON's types; NaN, infinity and bytes get their own form."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders of which every byte is known."""
+"""Files that are written whole or not at all, and folders whose every byte is known."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MANIFEST = "manifest.json"
 
 
 class Damaged(ValueError):
-    """A folder whose files are not those that were written."""
+    """Raised when a folder's files are not those that were written."""
 
 
 class InUse(ValueError):
-    """A folder that another process works in."""
+    """Raised when another process works in the same folder."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -36,7 +36,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def begin(folder: Path) -> Path:
-    """Makes an empty folder beside one that is to be, and returns it.
+    """Makes an empty folder that will be renamed to ``folder`` when it is whole.
 
     Raises:
       FileNotFoundError: the folder around it is gone.
@@ -51,12 +51,12 @@ def begin(folder: Path) -> Path:
 
 
 def former_of(folder: Path) -> Path:
-    """Names the folder that one which is being replaced is moved to."""
+    """Names the folder to which an old one is moved while it is replaced."""
     return folder.with_name(folder.name + ".former")
 
 
 def seal(half: Path, folder: Path) -> None:
-    """Gives a finished folder its manifest and its name, once all is on the disk."""
+    """Gives a finished folder its manifest and, once all is on the disk, its name."""
     hashes, folders = {}, [half]
     for path in sorted(half.rglob("*")):
         if path.is_dir():
@@ -110,10 +110,10 @@ def sha256(path: Path) -> str:
 
 
 class Lock:
-    """Keeps other processes out of a folder until it is released, or this one ends.
+    """Keeps other processes out of a folder until it is released.
 
-    The operating system gives the lock back with the process, however that ends. Within
-    a process the last one that asked has it.
+    The operating system releases the lock when the process ends, however that happens.
+    Within one process the lock may be taken several times.
     """
 
     _held: ClassVar[dict[Path, tuple[IO[str], int]]] = {}
@@ -148,7 +148,7 @@ class Lock:
         self._held[self._path] = file, 1
 
     def release(self) -> None:
-        """Gives the lock back, once all that this process took are given back."""
+        """Releases the lock once, and for other processes when nobody here holds it."""
         path, self._path = self._path, None
         if path is None or path not in self._held:
             return
@@ -161,7 +161,7 @@ class Lock:
 
 
 def _forget() -> None:
-    """In a child that was forked: else it would keep the lock of its dead parent."""
+    """Closes the locks in a forked child, which would keep them for its dead parent."""
     for file, _ in Lock._held.values():
         os.close(file.fileno())
     Lock._held.clear()

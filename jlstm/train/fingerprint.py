@@ -1,4 +1,4 @@
-"""What data a run reads, in a few lines that can be compared."""
+"""Fingerprints: what data a run reads, and what results it has, in comparable form."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import numpy as np
 
 
 def fingerprint(batches: Any) -> dict[str, Any]:
-    """Describes batches, so that a run is not resumed with others.
+    """Describes the batches of a run, so that it is not continued with other data.
 
-    Of a ``grain`` dataset that is each transformation with its length and, where its
-    function has an attribute ``about`` (as those of :mod:`jlstm.data` have: kind,
-    options, seed, SHA-256 of the source), that too; of datasets and sequences it is
-    also the SHA-256 of a few batches. An iterator or a generator tells its type alone.
+    For a dataset of ``grain`` or :mod:`jlstm.data` this is each transformation with its
+    length. Transformations of :mod:`jlstm.data` also tell their kind, options, seed and
+    the SHA-256 of their source; a function of your own does so if it has an attribute
+    ``about``. Datasets and sequences add the SHA-256 of a few batches. An iterator or a
+    generator has its type alone.
 
     Args:
-      batches: as :func:`jlstm.train.fit` takes them.
+      batches: the batches, as :func:`jlstm.train.fit` takes them.
 
     Returns:
-      JSON's types.
+      A dict of JSON's types.
 
     Example:
       >>> jlstm.train.fingerprint([np.zeros(2)])["length"]
@@ -63,13 +64,13 @@ def _describe(node: Any) -> dict[str, Any]:
 def hash_tree(tree: Any) -> str:
     """Hashes a pytree of arrays: names, dtypes, shapes and bytes.
 
-    Equal hashes mean equal bits; two runs on one machine are compared by it.
+    Equal hashes mean equal bits. Compare the states of two runs by it.
 
     Args:
-      tree: the pytree, such as the state of a run, typed keys included.
+      tree: the pytree, such as ``report.state``; it may contain typed PRNG keys.
 
     Returns:
-      The SHA-256, in hexadecimal digits.
+      The SHA-256, as hexadecimal digits.
 
     Example:
       >>> jlstm.train.hash_tree({"w": np.zeros(2)})[:8]
@@ -106,12 +107,12 @@ def _whole(array: jax.Array) -> Any:
 
 
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lists what differs between two values of JSON's types, a line each.
+    """Lists the differences between two values of JSON's types, one line for each.
 
     Args:
-      old: what was.
-      new: what is.
-      path: what both are called.
+      old: the earlier value.
+      new: the later value.
+      path: the name of both, put before each line.
 
     Returns:
       Lines such as ``"seed: was 1, is 2"``.

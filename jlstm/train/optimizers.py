@@ -1,7 +1,7 @@
-"""The two optimisers recurrent networks are trained with, composed of optax pieces.
+"""Two optimisers that are usual for recurrent networks, composed of optax parts.
 
-Nothing here is special: each function is a ``optax.chain`` that its docstring spells
-out, and any other optax transformation serves as well.
+Each function returns an ``optax.chain``, which its docstring spells out. Any other
+optax transformation can be used instead.
 """
 
 from __future__ import annotations
@@ -20,71 +20,85 @@ from jlstm.types import Array, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """The rate stays at its highest, after a linear warm-up."""
+    """The learning rate stays at its highest value, after an optional warm-up."""
 
     warmup: float = 0.0
-    """Fraction of the run in which the rate rises."""
+    """Fraction of the run in which the rate rises to its highest, from 0 to below 1."""
 
     def fall(self, start: int, steps: int) -> optax.Schedule:
-        """Makes what follows the warm-up, which took ``start`` steps; 1 is highest."""
+        """Makes the schedule for the steps after the warm-up; 1 is the highest rate."""
         del start, steps
         return optax.constant_schedule(1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """The rate falls along a line, after a linear warm-up."""
+    """The learning rate falls linearly, after an optional linear warm-up.
+
+    It falls from its highest value to ``final_fraction`` of it at the last step.
+    """
 
     warmup: float = 0.0
-    """Fraction of the run in which the rate rises."""
+    """Fraction of the run in which the rate rises to its highest, from 0 to below 1."""
     final_fraction: float = 0.0
-    """Of the highest rate, at the end."""
+    """The rate at the end of the run, as a fraction of the highest rate."""
 
     def fall(self, start: int, steps: int) -> optax.Schedule:
-        """Makes what follows the warm-up, which took ``start`` steps; 1 is highest."""
+        """Makes the schedule for the steps after the warm-up; 1 is the highest rate."""
         del start
         return optax.linear_schedule(1.0, self.final_fraction, steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cosine:
-    """The rate falls along half a cosine, after a linear warm-up."""
+    """The learning rate falls along half a cosine, after an optional linear warm-up.
+
+    It falls slowly at first, fast in the middle, and slowly again towards
+    ``final_fraction`` of its highest value. A good choice for most runs.
+    """
 
     warmup: float = 0.0
-    """Fraction of the run in which the rate rises."""
+    """Fraction of the run in which the rate rises to its highest, from 0 to below 1."""
     final_fraction: float = 0.0
-    """Of the highest rate, at the end."""
+    """The rate at the end of the run, as a fraction of the highest rate."""
 
     def fall(self, start: int, steps: int) -> optax.Schedule:
-        """Makes what follows the warm-up, which took ``start`` steps; 1 is highest."""
+        """Makes the schedule for the steps after the warm-up; 1 is the highest rate."""
         del start
         return optax.cosine_decay_schedule(1.0, steps, alpha=self.final_fraction)
 
 
 @dataclasses.dataclass(frozen=True)
 class Exponential:
-    """The rate falls by the same factor each step, after a linear warm-up."""
+    """The learning rate falls by the same factor each step, after an optional warm-up.
+
+    At the last step it is ``final_fraction`` of its highest value.
+    """
 
     warmup: float = 0.0
-    """Fraction of the run in which the rate rises."""
+    """Fraction of the run in which the rate rises to its highest, from 0 to below 1."""
     final_fraction: float = 0.01
-    """Of the highest rate, at the end."""
+    """The rate at the end of the run, as a fraction of the highest rate; above 0."""
 
     def fall(self, start: int, steps: int) -> optax.Schedule:
-        """Makes what follows the warm-up, which took ``start`` steps; 1 is highest."""
+        """Makes the schedule for the steps after the warm-up; 1 is the highest rate."""
         del start
         return optax.exponential_decay(1.0, steps, self.final_fraction)
 
 
 @dataclasses.dataclass(frozen=True)
 class InverseSqrt:
-    """The rate falls as one over the root of the step, after a linear warm-up."""
+    """The learning rate falls as one over the square root of the step.
+
+    After a warm-up of ``W`` steps, step ``n`` has ``sqrt(W / n)`` times the highest
+    rate. The rate does not depend on the length of the run otherwise.
+    """
 
     warmup: float = 0.1
-    """Fraction of the run in which the rate rises."""
+    """Fraction of the run in which the rate rises to its highest, from 0 to below 1."""
 
     def fall(self, start: int, steps: int) -> optax.Schedule:
-        """Makes what follows the warm-up, which took ``start`` steps; 1 is highest."""
+        """Makes the schedule for the steps after the warm-up; 1 is the highest rate."""
         del steps
         first = max(start, 1)
         return lambda step: (first / (first + jnp.maximum(step, 0))) ** 0.5
@@ -92,17 +106,21 @@ class InverseSqrt:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The rate is multiplied by a factor at some places, after a linear warm-up."""
+    """The learning rate is multiplied by a factor at certain points of the run.
+
+    With the defaults it falls to a tenth after half of the run, and to a hundredth
+    after three quarters. An optional linear warm-up comes before.
+    """
 
     warmup: float = 0.0
-    """Fraction of the run in which the rate rises."""
+    """Fraction of the run in which the rate rises to its highest, from 0 to below 1."""
     at: tuple[float, ...] = (0.5, 0.75)
-    """Places, as fractions of the run."""
+    """The points at which the rate falls: fractions of the run, ascending."""
     factor: float = 0.1
-    """Of the rate before."""
+    """By which the rate is multiplied at each of these points."""
 
     def fall(self, start: int, steps: int) -> optax.Schedule:
-        """Makes what follows the warm-up, which took ``start`` steps; 1 is highest."""
+        """Makes the schedule for the steps after the warm-up; 1 is the highest rate."""
         places = [round(place * (start + steps)) - start for place in self.at]
         if len(set(places)) < len(places) or min(places, default=1) < 1:
             raise ValueError(
@@ -114,11 +132,12 @@ class Steps:
 
 
 Schedule = Constant | Linear | Cosine | Exponential | InverseSqrt | Steps
+"""The schedules of the learning rate; :func:`make_schedule` says how they are used."""
 DecayIf = Callable[[str, Array], bool]
 
 
 def is_matrix(path: str, leaf: Array) -> bool:
-    """Tells whether a leaf has two dimensions or more: weights, not biases or gains."""
+    """Tells whether a leaf has two or more axes, unlike biases and gains."""
     del path
     return jnp.ndim(leaf) >= 2
 
@@ -135,29 +154,36 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """Makes AdamW behind a clip of the gradient's global norm.
+    """Makes AdamW, with the gradient clipped by its global norm.
 
-    ``chain(clip_by_global_norm(clip_norm), adamw(schedule, ...))``
+    The result is ``optax.chain(clip_by_global_norm(clip_norm), adamw(schedule, ...))``.
+    A learning rate from ``1e-3`` to ``1e-2`` is usual for recurrent networks.
 
     Args:
-      learning_rate: the highest rate of the schedule.
-      num_steps: length of the run, which a schedule divides.
-      schedule: how the rate rises and falls, see :func:`make_schedule`.
-      clip_norm: the largest global norm of a gradient; None for no limit.
-      weight_decay: decoupled, that is, multiplied by the rate only.
-      decay_if: ``(path, leaf) -> bool``, which leaves decay; the path is written
+      learning_rate: the learning rate; with a schedule, its highest value.
+      num_steps: the length of the run in steps, as given to :func:`fit`. Every schedule
+        except ``Constant()`` without warm-up needs it.
+      schedule: how the rate rises and falls, such as ``Cosine(warmup=0.05)``; see
+        :func:`make_schedule`.
+      clip_norm: a gradient with a larger global norm is scaled down to this norm.
+        Smaller values are safer where gradients explode; None does not clip.
+      weight_decay: the strength of the decoupled weight decay: each step subtracts
+        ``rate * weight_decay * param``. 0 decays nothing.
+      decay_if: ``(path, leaf) -> bool``, which leaves decay. By default those with two
+        or more axes do, so biases do not. The path of a leaf is a string such as
         ``"encoder/w_hh"``.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
+      b1: the decay of the average gradient, Adam's first moment.
+      b2: the decay of the average squared gradient, Adam's second moment. Lower values,
+        such as 0.99, adapt faster and suit short runs.
+      eps: added to the root of the second moment, against division by zero.
 
     Returns:
-      The transformation.
+      The optax transformation, for ``create_state`` and ``make_train_step``.
 
     Raises:
-      ValueError: a value out of range, or ``num_steps`` missing.
+      ValueError: a value is out of range, or ``num_steps`` is missing.
 
-    Reference:
+    References:
       Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
 
     Example:
@@ -182,26 +208,30 @@ def sgd(
     momentum: float = 0.0,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:
-    """Makes stochastic gradient descent behind a clip of the gradient's global norm.
+    """Makes stochastic gradient descent, with the gradient clipped by its global norm.
 
-    ``chain(clip_by_global_norm(clip_norm), add_decayed_weights(weight_decay),
-    sgd(schedule, momentum, nesterov))``
+    The result is ``optax.chain(clip_by_global_norm(clip_norm),
+    add_decayed_weights(weight_decay), sgd(schedule, momentum, nesterov))``.
 
     Args:
-      learning_rate: the highest rate of the schedule.
-      num_steps: length of the run, which a schedule divides.
-      schedule: how the rate rises and falls, see :func:`make_schedule`.
-      clip_norm: the largest global norm of a gradient; None for no limit.
-      weight_decay: added to the clipped gradient, the L2 penalty of classic results.
-      decay_if: ``(path, leaf) -> bool``, which leaves decay.
-      momentum: decay of the velocity; 0 keeps none.
-      nesterov: whether to look ahead along the velocity.
+      learning_rate: the learning rate; with a schedule, its highest value.
+      num_steps: the length of the run in steps, as given to :func:`fit`. Every schedule
+        except ``Constant()`` without warm-up needs it.
+      schedule: how the rate rises and falls; see :func:`make_schedule`.
+      clip_norm: a gradient with a larger global norm is scaled down to this norm; None
+        does not clip.
+      weight_decay: the strength of an L2 penalty: ``weight_decay * param`` is added to
+        the clipped gradient. 0 decays nothing.
+      decay_if: ``(path, leaf) -> bool``, which leaves decay, as in :func:`adamw`.
+      momentum: the decay of the velocity, such as 0.9; 0 keeps no velocity.
+      nesterov: whether to use Nesterov's momentum, which looks ahead along the
+        velocity.
 
     Returns:
-      The transformation.
+      The optax transformation, for ``create_state`` and ``make_train_step``.
 
     Raises:
-      ValueError: a value out of range, or ``num_steps`` missing.
+      ValueError: a value is out of range, or ``num_steps`` is missing.
 
     Example:
       >>> tx = jlstm.train.sgd(1.0, clip_norm=0.25)
@@ -221,24 +251,27 @@ def make_schedule(
     num_steps: int | None = None,
     schedule: Schedule = Constant(),
 ) -> optax.Schedule:
-    """Makes a learning-rate schedule.
+    """Makes a learning-rate schedule: a function from the step to the rate.
 
-    Step ``n`` of a warm-up of ``W`` steps has the rate ``(n + 1) / (W + 1)`` times the
-    highest, so that no step is without effect. What follows is :class:`Constant`,
-    :class:`Linear`, :class:`Cosine`, :class:`Exponential`, :class:`InverseSqrt` or
-    :class:`Steps`; as the field of a config, each is a choice on the command line
-    (``schedule:linear --schedule.warmup 0.1``).
+    In a warm-up of ``W`` steps, step ``n`` (from 0) has ``(n + 1) / (W + 1)`` times the
+    highest rate, so that already the first step has an effect. After it the rate
+    follows :class:`Constant`, :class:`Linear`, :class:`Cosine`, :class:`Exponential`,
+    :class:`InverseSqrt` or :class:`Steps`. If a config has a field of type
+    :data:`Schedule`, each of them is a choice on the command line:
+    ``schedule:linear --schedule.warmup 0.1``.
 
     Args:
       learning_rate: the highest rate.
-      num_steps: the length of the run; a constant rate without warm-up needs none.
-      schedule: one of the classes above, or any with ``warmup`` and ``fall``.
+      num_steps: the length of the run in steps. Only a constant rate without warm-up
+        does without it.
+      schedule: one of the classes above, or an object of your own with an attribute
+        ``warmup`` and a method ``fall(start, steps)``.
 
     Returns:
-      A function of the step.
+      A function of the step, as optax takes it for a learning rate.
 
     Raises:
-      ValueError: a value out of range, or ``num_steps`` missing.
+      ValueError: a value is out of range, or ``num_steps`` is missing.
 
     Example:
       >>> train = jlstm.train

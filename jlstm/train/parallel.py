@@ -1,4 +1,4 @@
-"""One batch over several devices: the cores of a CPU, or several accelerators."""
+"""One batch on several devices: the cores of a CPU, or several accelerators."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ from jlstm.types import Array, PyTree
 
 
 def data_parallel(loss_fn: LossFn, devices: int) -> LossFn:
-    r"""Shares the rows of each batch among devices; the result is a loss function too.
+    r"""Makes a loss function that shares the rows of each batch among devices.
 
     With :math:`(S_d, N_d)` the total and the count of the :class:`jlstm.train.Mean`
     that device :math:`d` computes from its rows, the loss is
-    :math:`\sum_d S_d / \sum_d N_d`, and its gradient follows: equal to those of one
-    device, up to the order in which sums are taken. Metrics are joined in the same way.
-    A plain scalar, which does not know its weight, is averaged over rows.
+    :math:`\sum_d S_d / \sum_d N_d`. The loss and its gradient are those of one device,
+    up to the order in which sums are taken. Metrics are combined in the same way. A
+    plain scalar has no count; it is averaged over rows.
 
-    Rows that are left over when the batch does not divide are computed by all devices.
-    Each device draws its own noise from the key, so dropout masks are not those that
-    one device would draw.
+    If the number of devices does not divide the batch, every device computes the rows
+    that are left over. Each device draws its own noise from the key, so dropout masks
+    differ from those of one device.
 
-    On a CPU, XLA splits large products over the cores but steps through a recurrence of
-    usual size on one; as many devices as cores use them all. The loops in C++ do so by
-    themselves, so that a gated cell in float32 gains little here. Devices exist only
-    if asked for before JAX first touches one:
-    ``jax.config.update("jax_num_cpu_devices", 2)``.
+    On a CPU, XLA spreads large matrix products over the cores, but runs the steps of a
+    recurrence of ordinary size on one core. With as many devices as cores, all are
+    used. The loops in C++ use all cores by themselves, so gated cells in float32 gain
+    little here. A CPU has several devices only if you ask for them before JAX is first
+    used: ``jax.config.update("jax_num_cpu_devices", 2)``.
 
     Args:
-      loss_fn: the loss; see :class:`jlstm.train.LossFn`. Every leaf of the batch and of
-        the carry begins with the batch.
-      devices: how many of ``jax.devices()``; 1 returns ``loss_fn`` as it is.
+      loss_fn: the loss; see :class:`jlstm.train.LossFn`. Every array of the batch and
+        of the carry must begin with the batch axis.
+      devices: the number of devices, the first ones of ``jax.devices()``; 1 returns
+        ``loss_fn`` unchanged.
 
     Returns:
       A loss function, for :func:`jlstm.train.make_train_step` and
       :func:`jlstm.train.make_eval_step`.
 
     Raises:
-      ValueError: JAX has fewer devices; or, when called, a leaf of the batch or carry
-        does not begin with the batch.
+      ValueError: JAX has fewer devices; or, when the loss is called, an array of the
+        batch or carry does not begin with the batch axis.
 
     Example:
       >>> train = jlstm.train

@@ -1,4 +1,4 @@
-"""Learning curves."""
+"""Learning curves: reads the metrics of a run, and plots them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads what ``write_jsonl`` wrote, in the order of steps.
+    """Reads the file that :func:`jlstm.train.write_jsonl` wrote, in order of steps.
 
-    Where a resumed run has repeated steps, the later lines stand. A half-written last
+    If a continued run has repeated steps, the later lines count. A half-written last
     line is left out.
 
     Args:
-      path: of the file.
+      path: the path of the file.
 
     Returns:
-      One dict a line.
+      One dict for each step, with ``step``, ``seconds`` and the metrics.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line is not JSON.
+      ValueError: a line is not a JSON object with a step.
 
     Example:
       >>> import tempfile
@@ -61,20 +61,23 @@ def plot_metrics(
     prefix: str = "validation_",
     log_scale: bool = False,
 ) -> None:
-    """Plots how a metric went over the steps, in training and validation.
+    """Plots a metric over the training steps, in training and in validation.
 
     Args:
-      source: the file of ``write_jsonl``, or its records.
-      path: where to write the picture; the suffix gives the format.
-      metric: the name.
-      unit: of the metric, for the axis.
-      floor: the score of a trivial predictor, drawn as a dashed line.
-      floor_name: its name.
-      prefix: what the names of validation metrics begin with.
-      log_scale: whether the metric's axis is logarithmic.
+      source: the path of a file of :func:`jlstm.train.write_jsonl`, or its records as
+        :func:`jlstm.train.read_jsonl` returns them.
+      path: where to write the picture. The suffix gives the format, such as ``.png`` or
+        ``.svg``.
+      metric: the name of the metric, such as ``"loss"``.
+      unit: the unit of the metric, for the label of its axis; none if empty.
+      floor: the score of a trivial predictor, drawn as a dashed line; None draws none.
+      floor_name: the name of that predictor, for the legend.
+      prefix: what the names of validation metrics begin with, as in
+        :func:`jlstm.train.evaluate_every`.
+      log_scale: whether the axis of the metric is logarithmic.
 
     Raises:
-      ValueError: no record has the metric.
+      ValueError: no record has a number for the metric.
       ImportError: matplotlib is not installed.
 
     Example:

@@ -22,8 +22,9 @@ from jlstm.train.losses import (
 from jlstm.train.state import type_name
 from jlstm.types import Array, PyTree, common_dtype
 
-# What the logits of one block may take. More leaves the caches, and memory that large
-# goes back to the system after each step, to be asked for and cleared again.
+# The memory that the logits of one block may take. More does not fit in the caches; and
+# memory that large goes back to the system after each step, and must then be requested
+# and cleared again.
 BLOCK_BYTES = 8 << 20
 
 
@@ -37,27 +38,32 @@ def projected_cross_entropy(
     lengths: ArrayLike | None = None,
     label_smoothing: float = 0.0,
 ) -> Mean:
-    r"""Computes the cross-entropy of a projection whose logits are never held whole.
+    r"""Computes the cross-entropy of a linear layer without holding all its logits.
 
-    It is ``softmax_cross_entropy(features @ w + b, labels)``. The logits of a few steps
-    at a time are made and turned into gradients at once, which of many classes takes
-    less time, and a fraction of the memory. On a CPU, in float32, where jlstm was
-    installed with its library, that is in C++.
+    The result is that of ``softmax_cross_entropy(features @ w + b, labels)``. The
+    logits of a few steps at a time are computed and turned into gradients at once. With
+    many classes this takes less time and a fraction of the memory. On a CPU, in
+    float32, it runs in C++ if jlstm was installed with its C++ library.
 
     Args:
-      features: ``[B, T, D]``, taken some steps at a time, or ``[..., D]``, taken whole.
-      w: ``[D, V]``.
-      b: ``[V]``.
+      features: ``[B, T, D]``, processed some steps at a time, or ``[..., D]``,
+        processed as a whole: the outputs before the last layer.
+      w: ``[D, V]``, the weights of the last layer. A
+        :class:`jlstm.LanguageModel` returns them with ``b``, as
+        ``model.head(params)``.
+      b: ``[V]``, its biases.
       labels: ``[B, T]`` or ``[...]``, integers, as in :func:`softmax_cross_entropy`.
-      mask: boolean, true where valid; its shape begins the shape of ``labels``.
-      lengths: ``[B]``, for labels ``[B, T, ...]``; later steps are invalid.
-      label_smoothing: the weight of the uniform distribution, in ``[0, 1)``.
+      mask: boolean, true at valid positions: ``[B]``, ``[B, T]`` or of the shape of
+        ``labels``.
+      lengths: ``[B]``, for labels ``[B, T, ...]``: the valid steps of each row.
+      label_smoothing: the weight of the uniform distribution, from 0 to below 1, as in
+        :func:`softmax_cross_entropy`.
 
     Returns:
       The mean over valid labels.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, or a concrete label out of range.
+      ValueError: shapes or dtypes do not fit, or a label or length is out of range.
 
     Example:
       >>> ys, w, b = jnp.ones((2, 3, 5)), jnp.zeros((5, 4)), jnp.zeros(4)
@@ -120,9 +126,10 @@ def _total_jvp(smoothing: float, primals: Any, tangents: Any) -> tuple[Array, An
 def _slopes(
     smoothing: float, w: Array, b: Array, features: Array, *of: Array
 ) -> tuple[Array, ...]:
-    """Returns the sum and its gradients by ``w``, ``b`` and the features.
+    """Returns the sum and its gradients with respect to ``w``, ``b`` and the features.
 
-    The gradients are made beside the sum, while the logits of a block are at hand.
+    The gradients are computed together with the sum, while the logits of a block are
+    there.
     """
     slopes_at = jax.value_and_grad(partial(_block_total, smoothing), argnums=(0, 1, 2))
 
@@ -152,7 +159,8 @@ def _slopes_by_library_jvp(smoothing: float, primals: Any, tangents: Any) -> Any
 def _in_blocks(num_classes: int, *arrays: Array) -> tuple[Array, ...]:
     """Cuts arrays ``[B, T, ...]`` into ``[K, B * steps, ...]``, padded with zeros.
 
-    Others are one block each. The last of them has the shape of the labels.
+    Arrays of other shapes become one block each. The last array has the shape of the
+    labels.
     """
     shape = arrays[-1].shape
     if len(shape) != 2 or 0 in shape:
@@ -164,7 +172,7 @@ def _in_blocks(num_classes: int, *arrays: Array) -> tuple[Array, ...]:
     def cut(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, -time % steps)] + [(0, 0)] * (x.ndim - 2))
         x = x.reshape(rows, -1, steps, *x.shape[2:]).swapaxes(0, 1)
-        # As rows: of two axes to sum over, XLA would transpose the logits' gradient.
+        # One axis of rows: with two axes to sum over, XLA would transpose the gradient.
         return x.reshape(x.shape[0], -1, *x.shape[3:])
 
     return tuple(cut(x) for x in arrays)

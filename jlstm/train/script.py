@@ -1,4 +1,4 @@
-"""What every experiment shares: its options, and how it begins and ends.
+"""The options that every experiment script has, and how a script begins and ends.
 
 ::
 
@@ -46,15 +46,16 @@ TRACEBACK = "JLSTM_TRACEBACK"
 
 
 def indifferent(default: Any) -> Any:
-    """Makes the field of a config that does not change the result of its run.
+    """Makes a config field that does not change the result of a run.
 
-    A run may go on with another value of it.
+    A run that is continued may have another value of this field, whereas a change of
+    any other field is refused. Use it for options such as verbosity.
 
     Args:
-      default: its default.
+      default: the default value of the field.
 
     Returns:
-      The field.
+      The field, to be assigned in the class body.
 
     Example:
       >>> @dataclasses.dataclass(frozen=True)
@@ -67,41 +68,46 @@ def indifferent(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options that every experiment has; a config extends it."""
+    """The options that every experiment script has; subclass it to add your own.
+
+    Each field is an option on the command line of :func:`run`.
+    """
 
     preset: str = ""
-    """The config that the other options change."""
+    """Name of the preset whose values the other options change."""
     data: Path | None = None
-    """Where the data are; without it, data that every machine has."""
+    """Path of the data; by default a script uses data that every machine has."""
     workdir: Path | None = indifferent(None)
-    """Folder for configuration, metrics, plots and result; none is kept without it."""
+    """Folder of the run, with its config, metrics, plots, checkpoints and result; by
+    default a temporary one."""
     seed: int = 0
-    """Seed of all randomness."""
+    """Seed of all random numbers."""
     resume: Resume = indifferent("auto")
-    """Go on from the checkpoints in the workdir: auto if there are any; never and must
-    refuse the other."""
+    """Whether to continue from the checkpoints in the workdir: auto if there are any,
+    must refuses to begin anew, never refuses to continue."""
     checkpoint_minutes: float = indifferent(10.0)
-    """Between two checkpoints."""
+    """Minutes between two checkpoints."""
     checkpoint_every: int | None = indifferent(None)
-    """Steps between two checkpoints, instead of minutes."""
+    """Steps between two checkpoints; replaces the minutes."""
     tensorboard: bool = indifferent(False)
     """Write the metrics for TensorBoard too, to WORKDIR/tensorboard."""
     debug_nans: bool = indifferent(False)
-    """Find the operation that first gives NaN or infinity; slow."""
+    """Find the operation that first gives NaN or infinity; slows the run down."""
     mesh: str = indifferent("data=1")
-    """data=N shares each batch among N devices; of a CPU, as many as it has cores."""
+    """data=N shares the rows of each batch among N devices; on a CPU, choose N no
+    larger than its number of cores."""
     distributed: bool = indifferent(False)
     """Join the other processes that SLURM, Kubernetes or MPI started."""
     coordinator: str | None = indifferent(None)
-    """HOST:PORT of process 0, to join processes that were started by hand."""
+    """HOST:PORT of process 0; joins processes that were started by hand."""
     num_processes: int | None = indifferent(None)
-    """How many there are."""
+    """Number of processes that were started by hand."""
     process_id: int | None = indifferent(None)
-    """Which one this is, from 0."""
+    """Number of this process among them, from 0."""
 
     @property
     def devices(self) -> int:
-        """How many devices share each batch.
+        """The number of devices that share each batch, read from ``mesh``.
 
         Raises:
           ValueError: ``mesh`` is not ``data=N``.
@@ -120,23 +126,26 @@ def run(
     presets: Mapping[str, ConfigT],
     argv: list[str] | None = None,
 ) -> None:
-    """Runs an experiment from the command line, ``--preset NAME --any-field VALUE``.
+    """Runs an experiment script from the command line.
 
-    ``--preset`` picks a config, the first by default, and every other field of it may
-    be overridden; ``--help`` shows each field with its doc and its value in the preset.
-    Bad options, bad input and a full disk (``ValueError`` or ``OSError`` from ``main``)
-    print one line and exit with code 2; set the environment variable
-    ``JLSTM_TRACEBACK`` to see the traceback too. Numbers that do not become finite
-    again (:class:`jlstm.train.NonFiniteError`) exit with code 3; SIGTERM and Ctrl-C,
-    when all is saved, with 143 and 130. Any other exception is a bug and is left alone.
+    ``--preset NAME`` picks a config, the first one by default, and ``--FIELD VALUE``
+    changes one of its fields. ``--help`` lists the fields with their docstrings and
+    their values in the preset.
+
+    A script ends with code 0 if it succeeds. Bad options, bad input and files that
+    cannot be written (``ValueError`` or ``OSError`` from ``main``) print one line and
+    give code 2; with the environment variable ``JLSTM_TRACEBACK`` set, the traceback is
+    printed too. Numbers that stay non-finite (:class:`jlstm.train.NonFiniteError`) give
+    code 3. After SIGTERM or Ctrl-C, once everything is saved, the code is 143 or 130.
+    Any other exception is a bug and is not caught.
 
     Args:
-      main: takes the config.
-      presets: configs by name.
-      argv: the arguments, those of the process by default.
+      main: the experiment, a function of the config.
+      presets: the configs by name; the first one is the default.
+      argv: the command-line arguments; None takes those of the process.
 
     Raises:
-      SystemExit: with a code as above.
+      SystemExit: with one of these codes, unless ``main`` succeeds.
 
     Example:
       >>> presets = {"smoke": jlstm.train.Options(seed=1)}
@@ -242,7 +251,7 @@ def _flatten(box: str) -> str:
 
 
 def _suggest(line: str, message: str, config: Options) -> str:
-    """Names the option that is most like one that is unknown."""
+    """Suggests the known option that is most like an unknown one."""
     kind, _, wrong = line.partition("Unrecognized options: ")
     if kind or not wrong:
         return ""
@@ -262,14 +271,14 @@ def _exit(message: str, code: int = 2) -> NoReturn:
 
 
 def describe(config: Any, params: PyTree = None) -> str:
-    """Writes the first lines of a run: config, device, number of parameters.
+    """Describes a run in a few lines: config, device, number of parameters.
 
     Args:
-      config: a dataclass.
-      params: the parameters, if they are made already.
+      config: the config, a dataclass.
+      params: the params, to count their elements; None leaves that line out.
 
     Returns:
-      The lines.
+      The lines, joined by newlines.
 
     Example:
       >>> config = jlstm.train.Options(seed=3)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first asks a run to save and end, the second ends it."""
+"""Signals: the first SIGTERM or SIGINT saves and ends a run, the second kills it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _listening: list[Signals] = []
 
 
 class Interrupted(SystemExit):
-    """A run that was asked to end, and has saved.
+    """Raised when a signal has ended a run, after everything was saved.
 
-    Uncaught it ends the process with the code that the shell gives for the signal: 143
-    for SIGTERM, 130 for SIGINT.
+    If it is not caught, the process ends with the exit code that is usual for the
+    signal: 143 for SIGTERM, 130 for SIGINT (Ctrl-C).
     """
 
     def __init__(self, number: int, message: str) -> None:
-        """Keeps the exit code for a signal."""
+        """Computes the exit code from the number of the signal."""
         super().__init__(128 + number)
         self.number, self.message = number, message
 
@@ -32,15 +32,15 @@ class Interrupted(SystemExit):
 
 
 class Cut(BaseException):
-    """Ends what may be cut short; never leaves :func:`jlstm.train.fit`."""
+    """Ends work that may be cut short; it never leaves :func:`jlstm.train.fit`."""
 
 
 class Signals:
-    """Listens for a request to end while it is entered, in the main thread alone.
+    """A context manager that listens for signals, in the main thread only.
 
     Attributes:
-      received: the number of the signal; None while there is none.
-      doing: what is under way, which the answer to a signal names.
+      received: the number of the first signal; None before it.
+      doing: what the run is doing at the moment, for the message on a signal.
     """
 
     def __init__(self, *, listen: bool, forward: bool = False) -> None:
@@ -121,7 +121,7 @@ class Signals:
 
     @contextlib.contextmanager
     def cutting(self, doing: str) -> Iterator[None]:
-        """Lets a signal cut short what is done inside, by raising :class:`Cut`."""
+        """Lets a signal cut the work inside short, by raising :class:`Cut`."""
         self.doing = doing
         self._may_cut = True
         try:
@@ -137,13 +137,13 @@ def _as_sigterm(number: int, _: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line to stderr, if anybody reads it."""
+    """Prints a line to stderr, unless nobody reads it any more."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 def _forget() -> None:
-    """In a child that was forked, which is not the run."""
+    """Gives signals back in a forked child, which is not the run."""
     if _listening:
         for number, old in _listening[0]._old.items():
             signal.signal(number, old)

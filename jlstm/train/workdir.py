@@ -37,20 +37,22 @@ if TYPE_CHECKING:
 
 
 class Workdir:
-    """The folder of one run.
+    """The folder of one run: config, environment, metrics, checkpoints, result.
 
-    It holds ``config.json``, ``env.json``, ``metrics.jsonl``, ``checkpoints/``,
-    ``plots/`` and, of a run that ended, ``result.json``; JSON files appear whole or not
-    at all. A folder belongs to one config: a run with another one is refused, with what
-    differs; the same one goes on, and one that has ended stays as it is. While a
-    process works in it, others are kept out.
+    It contains ``config.json``, ``env.json``, ``metrics.jsonl``, ``checkpoints/``,
+    ``plots/`` and, once the run has ended, ``result.json``. JSON files are written
+    whole or not at all.
+
+    A folder belongs to one config. The same config continues the run; another one is
+    refused, with a list of the differences. A finished run stays as it is. While a
+    process works in the folder, others are refused.
 
     Attributes:
-      path: the folder; where the config names none, a temporary one.
-      result: what an earlier process wrote to ``result.json``, if one did; then there
-        is nothing left to do.
-      metrics: the file for ``write_jsonl``.
-      plots: the folder for pictures.
+      path: the folder; a temporary one if the config names none.
+      result: the content of ``result.json`` if the run has ended before, and nothing is
+        left to do; otherwise None.
+      metrics: the path of ``metrics.jsonl``, for :func:`jlstm.train.write_jsonl`.
+      plots: the folder for plots.
 
     Example:
       >>> workdir = jlstm.train.Workdir(jlstm.train.Options(), experiment="demo")
@@ -62,12 +64,12 @@ class Workdir:
         """Makes the folder, and writes the config and the environment to it.
 
         Args:
-          config: the config; ``config.workdir`` says where.
-          experiment: its name, in the result.
+          config: the options of the run; ``config.workdir`` is the folder.
+          experiment: the name of the experiment, for the result.
 
         Raises:
-          ValueError: the folder holds something else, or a run of another config, or
-            another process works in it.
+          ValueError: the folder holds something else or a run of another config,
+            another process works in it, or ``resume`` forbids what would be done.
         """
         self.config, self.experiment = config, experiment
         self.result: dict[str, Any] | None = None
@@ -164,16 +166,17 @@ class Workdir:
         mode: Literal["min", "max"] = "min",
         keep: int = 2,
     ) -> Checkpoints:
-        """Makes the checkpoints of a fit, as the options say, in ``checkpoints/``.
+        """Makes the checkpoints of a fit, with the options of the config.
 
         Args:
-          name: of the fit, where a run has several.
-          best: a metric whose best checkpoint is kept too.
-          mode: whether the least or the greatest value is best.
-          keep: how many of the newest are kept.
+          name: the name of the fit, if the run has several; each needs its own.
+          best: the name of a metric whose best checkpoint is kept too.
+          mode: ``"min"`` if lower values of it are better, ``"max"`` if higher ones
+            are.
+          keep: how many of the newest checkpoints are kept.
 
         Returns:
-          What :func:`jlstm.train.fit` takes.
+          The checkpoints, for :func:`jlstm.train.fit`; they lie in ``checkpoints/``.
         """
         config = self.config
         made = Checkpoints(
@@ -183,7 +186,7 @@ class Workdir:
             keep=keep,
             best=best,
             mode=mode,
-            # Of a run in several parts, those that have not begun are no failure.
+            # A run may have several fits, and some of them may not have begun yet.
             resume="auto" if config.resume == "must" else config.resume,
             identity={"config": self._identity},
         )
@@ -191,18 +194,18 @@ class Workdir:
         return made
 
     def metrics_of(self, name: str = "") -> Path:
-        """Returns the file of a fit's metrics: of the one, or of one of several."""
+        """Returns the path of the metrics of a fit, given its name if it has one."""
         return self.path / (f"metrics_{name}.jsonl" if name else "metrics.jsonl")
 
     def watchers(self, name: str = "", *, unit: str = "items") -> list[Hook]:
-        """Makes the hooks that write metrics to files and show how a run goes.
+        """Makes the hooks that write metrics to files and show the progress.
 
         Args:
-          name: of the fit, where a run has several.
-          unit: what the loss counts, such as ``"tokens"``.
+          name: the name of the fit, if the run has several.
+          unit: what the loss counts, such as ``"tokens"``; a word for the display.
 
         Returns:
-          Hooks for :func:`jlstm.train.fit`, which belong after those that add metrics.
+          Hooks for :func:`jlstm.train.fit`; list them after those that add metrics.
         """
         if not self._chief:
             return []
@@ -224,27 +227,28 @@ class Workdir:
         test_evaluations: int = 1,
         **extra: Any,
     ) -> dict[str, Any]:
-        """Writes ``result.json``.
+        """Writes ``result.json``, the result of the run.
 
-        Beside what is given it has ``state_sha256``, the hash of all leaves of the last
-        states of all fits that had checkpoints, and what resuming cost these.
+        Beside its arguments the file has the experiment, preset, seed, device and time.
+        It also has ``state_sha256``, the hash of the last states of all fits that had
+        checkpoints, and how often these were continued.
 
         Args:
-          metric: what is measured, with its unit.
+          metric: what is measured, with its unit, such as ``"bits per character"``.
           value: the score.
-          floor: the score of the trivial predictor on the same data.
-          floor_name: that predictor.
+          floor: the score of a trivial predictor on the same data.
+          floor_name: the name of that predictor.
           lower_is_better: whether a score below the floor beats it.
-          published: the score to compare with, if there is one.
+          published: a published score to compare with; None if there is none.
           others: scores of other models on the same data, by their names.
           test_evaluations: how often the test set was scored.
-          **extra: anything else of note.
+          **extra: further entries, numbers or other JSON types.
 
         Returns:
-          What was written; numbers that are not finite are None.
+          What was written. Numbers that are not finite become None.
 
         Raises:
-          ValueError: an extra has the name of an entry.
+          ValueError: an extra has the name of another entry.
         """
         value, floor = float(value), float(floor)
         beats = value < floor if lower_is_better else value > floor
@@ -277,7 +281,10 @@ class Workdir:
 
 
 def environment() -> dict[str, Any]:
-    """Collects what a result may depend on besides the config.
+    """Collects versions, device and settings, on which a result may depend.
+
+    Returns:
+      A dict of JSON's types, as :class:`jlstm.train.Workdir` writes it to ``env.json``.
 
     Example:
       >>> jlstm.train.environment()["versions"]["jax"] == jax.__version__
@@ -305,12 +312,12 @@ def _own_version(name: str) -> str:
 
 
 def device_kind() -> str:
-    """Names the first device."""
+    """Returns the kind of the first device, such as ``"cpu"``."""
     return jax.devices()[0].device_kind
 
 
 def _identity(config: Options) -> dict[str, Any]:
-    """Returns what tells runs apart: all but where and how they run."""
+    """Returns the fields that identify a run, without where and how it runs."""
     told = {field.name: field.metadata for field in dataclasses.fields(config)}
     fields = fields_of(config)
     return {k: v for k, v in fields.items() if not told[k].get("indifferent")}
@@ -323,7 +330,7 @@ def fields_of(config: Any) -> dict[str, Any]:
 
 
 def _jsonable(value: Any) -> Any:
-    """Writes a value in JSON's types; what they cannot express, by its name."""
+    """Writes a value in JSON's types, or the name of what they cannot express."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # By its name too: two choices may have the same fields.
         return {"type": type(value).__name__, **fields_of(value)}
