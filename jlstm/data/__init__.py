@@ -1,9 +1,10 @@
-"""Batches: readers, vocabularies, padding, buckets, lanes, windows, and floors.
+"""Data: readers, vocabularies, padding, buckets, lanes, windows, and floors.
 
-Numpy in, numpy out. What makes batches returns a ``grain.MapDataset`` of one epoch:
-``len(data)`` batches, ``data[i]`` one of them, ``data.repeat(n)`` several epochs, each
-shuffled anew; ``iter(data)`` has ``get_state`` and ``set_state``, by which a run
-resumes where it stopped.
+Everything takes and returns NumPy arrays. The functions that make batches return a
+``grain.MapDataset`` of one epoch. ``len(data)`` is its number of batches, ``data[i]``
+is one of them, and ``data.repeat(n)`` gives ``n`` epochs, each shuffled differently;
+``data.repeat()`` never ends. ``iter(data)`` has ``get_state`` and ``set_state``, with
+which a run continues where it stopped.
 """
 
 from jlstm.data.buckets import bucketed

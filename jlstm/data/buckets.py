@@ -1,4 +1,4 @@
-"""Padded batches of sequences of like length, in a bounded number of shapes."""
+"""Padded batches of sequences of similar length, in a bounded number of shapes."""
 
 from __future__ import annotations
 
@@ -36,37 +36,46 @@ def bucketed(
     own_lengths: Collection[str] = (),
     static: Collection[str] = (),
 ) -> grain.MapDataset[Batch]:
-    """Batches examples of like length, each padded to the length of its bucket.
+    """Batches sequences of similar length, and pads each batch to a common length.
 
-    There are at most ``num_buckets`` shapes, so that a jitted step compiles at most so
-    often; :func:`bucket_lengths` places them. Every example comes exactly once an
-    epoch. A batch that its bucket does not fill has rows of length 0 at its end, which
-    have no loss and no gradient under ``lengths``; where a row has one label,
-    ``lengths > 0`` is its mask.
+    The examples are divided into at most ``num_buckets`` buckets by length, and each
+    batch comes from one bucket. There are then at most ``num_buckets`` shapes, so a
+    compiled step is compiled at most that often; :func:`bucket_lengths` chooses the
+    lengths so that least padding is needed.
 
-    Iterate it once for one epoch, or ``.repeat(n)`` for several.
+    Every example comes exactly once in an epoch. If a bucket does not fill its last
+    batch, rows of length 0 are added at the end. With ``lengths`` they contribute no
+    loss and no gradient; where each row has a single label, ``lengths > 0`` is the mask
+    of the real rows.
+
+    Iterate over the result once for one epoch, or use ``.repeat(n)`` for several.
 
     Args:
-      examples: dicts of arrays. Scalars are stacked; arrays ``[T, ...]`` are padded.
-      batch_size: rows of a batch, in every bucket; or give
-      max_tokens: ``B * T`` of a batch at most, so that short buckets have more rows.
-      num_buckets: how many padded lengths there may be.
-      seed: shuffles, each epoch differently; without it, buckets come in ascending
-        order and examples in the given one.
-      drop_remainder: leaves out what does not fill a batch.
-      own_lengths: fields with a length of their own, as the target sentences of a
-        translation; of ``target`` the batch has ``target_lengths`` too.
-      static: fields without time, such as a speaker's vector; they are stacked.
+      examples: a sequence of dicts of arrays, one for each example. Arrays
+        ``[T, ...]`` are padded, scalars are stacked.
+      batch_size: the number of rows of every batch. Give either this or ``max_tokens``.
+      max_tokens: the largest ``B * T`` of a batch, padding included. Buckets of short
+        sequences then have more rows, and batches need about the same memory.
+      num_buckets: the largest number of padded lengths. More buckets mean less padding
+        and more compilations.
+      seed: shuffles, each epoch differently. None keeps the order of the examples
+        within a bucket and takes the buckets from short to long.
+      drop_remainder: whether to leave out batches that are not full.
+      own_lengths: the names of fields that have a length of their own, such as the
+        target sentences of a translation. For a field ``target`` the batch also has
+        ``target_lengths``.
+      static: the names of fields without a time axis, such as a speaker's vector. They
+        are stacked, not padded.
 
     Returns:
-      A ``grain.MapDataset`` of one epoch: dicts ``name -> [B, T, ...]``, or
-      ``[B, ...]`` for scalars and static fields, with ``lengths [B]``.
+      A ``grain.MapDataset`` of one epoch. A batch is a dict of arrays ``[B, T, ...]``,
+      or ``[B, ...]`` for scalars and static fields, with ``lengths [B]``.
 
     Raises:
-      ValueError: a dict of arrays in the place of examples, an empty example, fields
-        that differ in length, one longer than ``max_tokens``, or not exactly one of
-        ``batch_size`` and ``max_tokens``.
-      ImportError: without grain.
+      ValueError: the examples are a dict of arrays, an example is empty, its fields
+        differ in length or it is longer than ``max_tokens``; or not exactly one of
+        ``batch_size`` and ``max_tokens`` is given.
+      ImportError: grain is not installed.
 
     Example:
       >>> examples = [{"xs": np.ones(length)} for length in (3, 9, 2)]
@@ -90,7 +99,7 @@ def bucketed(
         raise ValueError(f"{where}: expected at least one example, got none")
     kinds = _field_kinds(examples[0], own_lengths, static)
     table = np.array([_measure(i, examples[i], kinds) for i in range(len(examples))])
-    # The columns of the table: the common length, then each field's own.
+    # The columns of the table: the common length, then the length of each other field.
     columns = ["", *own_lengths]
     edges = bucket_lengths(table[:, 0], num_buckets)
     bucket_of = np.searchsorted(edges, table[:, 0])
@@ -156,7 +165,7 @@ def _digest(examples: Sequence[Example]) -> str:
 def _field_kinds(
     example: Example, own_lengths: Collection[str], static: Collection[str]
 ) -> dict[str, str | None]:
-    """Tells for each field where its length counts; ``None`` if it has no time."""
+    """Tells whose length each field has: the common one, its own, or ``None``."""
     if not isinstance(example, Mapping):
         raise ValueError(
             "bucketed: examples must be dicts, got example 0 of type "
@@ -188,7 +197,7 @@ def _field_kinds(
 def _measure(
     index: int, example: Example, kinds: Mapping[str, str | None]
 ) -> list[int]:
-    """Measures an example: its common length, then each field's own."""
+    """Measures an example: its common length, then each field's own length."""
     if set(example) != set(kinds):
         raise ValueError(
             f"bucketed: example {index} has the fields {sorted(example)}, example 0 "

@@ -1,4 +1,4 @@
-"""Files from the network, of known bytes, and archives, of which nothing is trusted."""
+"""Downloads of files whose hash is known, and archives that need not be trusted."""
 
 from __future__ import annotations
 
@@ -54,25 +54,27 @@ def fetch(
     max_bytes: int = 8 << 30,
     timeout: float = 60.0,
 ) -> Path:
-    """Downloads a file, once; what is at ``path`` always has the given hash.
+    """Downloads a file once, and checks that it has the expected hash.
 
-    The file appears there when all of it is on the disk. A file with this hash is
-    returned without the network, to which ``JLSTM_OFFLINE=1`` forbids all access.
+    The file appears at ``path`` only when it is complete and has the hash. If it is
+    there already, the network is not used. The environment variable
+    ``JLSTM_OFFLINE=1`` forbids all use of the network.
 
     Args:
-      url: ``https://``, ``file://``, or ``http://`` of this machine; redirects too.
-      sha256: the file's SHA-256, in hexadecimal digits.
-      path: where to put it; folders are made.
-      max_bytes: stops the download of a longer file.
-      timeout: how many seconds the server may be silent.
+      url: the address: ``https://``, ``file://``, or ``http://`` on this machine. This
+        holds for redirects as well.
+      sha256: the expected SHA-256 of the file, 64 hexadecimal digits.
+      path: where to put the file; missing folders are made.
+      max_bytes: the largest size that is downloaded; 8 GiB by default.
+      timeout: for how many seconds the server may send nothing.
 
     Returns:
-      The path.
+      The path of the file.
 
     Raises:
-      ValueError: another hash, of the download or of the file that is there, which is
-        left alone; more than ``max_bytes``; a URL that is not allowed.
-      OSError: offline, no answer, or an answer that is cut.
+      ValueError: the download, or a file that is at ``path`` already, has another hash
+        (that file is left alone); the download is too large; or the URL is not allowed.
+      OSError: the network is forbidden, does not answer, or the answer is cut short.
 
     Example:
       >>> import hashlib, pathlib, tempfile
@@ -118,28 +120,29 @@ def extract(
     max_files: int = 100_000,
     max_ratio: float = 200,
 ) -> Path:
-    """Unpacks a zip or tar archive, plain or as ``.gz``, ``.bz2``, ``.xz``.
+    """Unpacks a zip or tar archive, plain or compressed as ``.gz``, ``.bz2``, ``.xz``.
 
-    All or nothing: ``folder`` appears when everything is in it. The archive need not be
-    trusted: it can write nowhere else, nor more than the limits, and contains only
-    files and folders, which get modes ``0o644`` and ``0o755``. Names that clash on some
-    systems are refused on all.
+    The folder appears only when everything is in it. The archive need not be trusted:
+    it can write nowhere else, and no more than the limits allow. It may contain only
+    files and folders, which get the modes ``0o644`` and ``0o755``. Names that clash on
+    some systems, because they differ only in case, are refused on all.
 
     Args:
-      archive: the file; its kind is read from its content.
-      folder: where to unpack; must be empty, or not exist.
-      max_bytes: limit of all files together, unpacked.
-      max_files: limit of the number of files and folders.
-      max_ratio: limit of unpacked to packed bytes beyond 1 MiB, of the whole archive
-        and of each member of a zip.
+      archive: the path of the archive. Its format is read from its content.
+      folder: where to unpack. It must be empty or not exist.
+      max_bytes: the largest total size of all files, unpacked; 8 GiB by default.
+      max_files: the largest number of files and folders.
+      max_ratio: the largest ratio of unpacked to packed bytes, beyond 1 MiB. It applies
+        to the whole archive and to each member of a zip, and stops archives that are
+        small on disk and huge when unpacked.
 
     Returns:
-      The folder.
+      The path of the folder.
 
     Raises:
-      FileNotFoundError: no such archive.
-      ValueError: a folder with something in it, a damaged or cut archive, a member that
-        is not allowed, or one limit exceeded; names the member.
+      FileNotFoundError: there is no such archive.
+      ValueError: the folder is not empty, the archive is damaged, a member is not
+        allowed, or a limit is exceeded; the message names the member.
 
     Example:
       >>> import pathlib, tempfile, zipfile
@@ -168,7 +171,7 @@ def extract(
         message = f"extract: {archive}: {error}; nothing is unpacked"
         raise ValueError(message) from None
     except (*DAMAGE, OSError) as error:
-        # Decompressors raise it without a number; zipfile seeks where a header says.
+        # Decompressors raise OSError without a number; zipfile seeks where headers say.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         message = f"extract: {archive} is no whole archive: {str(error) or 'cut'}"
@@ -179,7 +182,7 @@ def extract(
 
 
 def _beside(path: Path) -> Path:
-    """Names what becomes ``path``: no two processes the same."""
+    """Names the temporary file beside ``path``, differently for each process."""
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
 
 
@@ -245,12 +248,12 @@ def _download(url: str, part: Path, max_bytes: int, timeout: float) -> tuple[int
 
 
 class _Refused(Exception):
-    """What an archive has and must not have."""
+    """Raised for something that an archive must not contain."""
 
 
 @dataclasses.dataclass
 class _Target:
-    """A folder to unpack to, and what has come there so far."""
+    """The folder to unpack to, and what has been unpacked so far."""
 
     folder: Path
     packed: int
@@ -260,12 +263,12 @@ class _Target:
 
     def __post_init__(self) -> None:
         self.written = 0
-        # By name without case: the name as it was first spelled, whether a folder.
+        # By name in lower case: the first spelling of the name, and whether a folder.
         self.seen: dict[str, tuple[str, bool]] = {}
         self.named: set[str] = set()
 
     def place(self, name: str, *, is_folder: bool) -> Path:
-        """Checks a member's name, makes its folders, and tells where it belongs."""
+        """Checks a member's name, makes its folders, and returns its path."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         drive = any(PureWindowsPath(part).drive for part in parts)
         if name.startswith("/") or ".." in parts or drive:
@@ -292,7 +295,7 @@ class _Target:
         return self.folder / path
 
     def write(self, name: str, source: IO[bytes], size: int, packed: int) -> None:
-        """Writes a file of a size that is claimed, from bytes that are counted."""
+        """Writes a file of a claimed size, and counts the bytes that really come."""
         path, written = self.place(name, is_folder=False), 0
         with open(path, "xb") as file:
             while block := source.read(BLOCK):
@@ -316,8 +319,8 @@ def _unpack(archive: Path, target: _Target) -> None:
         if head.startswith(magic):
             return _unpack_tar(archive, opener, target)
     try:
-        # Not is_tarfile, which reads the names of any length that a header claims. And
-        # before is_zipfile, which takes a tar for the zip that ends it.
+        # Not is_tarfile, which reads names of any length that a header claims. Before
+        # is_zipfile, which would take a tar that ends with a zip for that zip.
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         if not zipfile.is_zipfile(archive):
@@ -334,7 +337,7 @@ def _unpack_zip(archive: Path, target: _Target) -> None:
                 raise _Refused(f"{name!r} is a link or a device")
             if member.flag_bits & 1:
                 raise _Refused(f"{name!r} is encrypted")
-            # The other decompressors of zipfile unpack a block of any ratio at once.
+            # For other methods, zipfile unpacks a whole block at once, of any ratio.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise _Refused(f"{name!r} is neither stored nor deflated")
             if name.endswith("/"):
@@ -359,7 +362,7 @@ def _unpack_tar(archive: Path, opener: Callable[..., Any], target: _Target) -> N
                 raise _Refused(f"{member.name!r} is a link, a device or sparse")
             with source:
                 target.write(member.name, source, member.size, target.packed)
-        # tarfile takes a broken header for the end.
+        # tarfile takes a broken header for the end of the archive.
         if stream.last != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no member at byte {file.offset}, and no end")
         while stream.read(BLOCK):  # to the checksum, where there is one
@@ -367,7 +370,7 @@ def _unpack_tar(archive: Path, opener: Callable[..., Any], target: _Target) -> N
 
 
 class _Forward(io.RawIOBase):
-    """A stream that is read once, and not in one piece.
+    """A stream that can only be read forwards, in small pieces.
 
     A header may claim that its names are gigabytes long, or that data begin before it.
     """

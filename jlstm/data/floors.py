@@ -1,6 +1,6 @@
-"""What the data alone predicts: the trivial predictors that a score is put beside.
+"""Floors: scores of trivial predictors, to be put beside the score of a model.
 
-A score that does not beat the strongest of them shows nothing.
+A score that does not beat the best of them on the same data shows nothing.
 """
 
 from __future__ import annotations
@@ -19,25 +19,30 @@ def ngram_bits(
 ) -> dict[int, float]:
     r"""Scores n-gram models with Witten-Bell smoothing, in bits a symbol.
 
+    The probability of a symbol :math:`w` after a context :math:`c` is
+
     .. math::
       P(w \mid c) = \frac{N(cw) + T(c)\, P(w \mid c')}{N(c) + T(c)}
 
-    with the counts :math:`N` of the training stream, :math:`T(c)` the number of
-    different symbols seen after the context :math:`c`, and :math:`c'` the context
-    without its first symbol; below the empty context lies :math:`1 / V`. A context
-    never seen leaves :math:`P(w \mid c')`.
+    Here :math:`N` counts occurrences in the training stream, :math:`T(c)` is the number
+    of different symbols that follow :math:`c` there, and :math:`c'` is the context
+    without its first symbol. The shortest model, below the empty context, gives each
+    symbol :math:`1 / V`. After a context that training does not have,
+    :math:`P(w \mid c')` is used.
 
     Args:
-      train_ids: ``[N]``, integers below ``num_symbols``.
-      test_ids: ``[N]`` likewise; its first symbols have the shorter contexts there are.
-      num_symbols: ``V``, the size of the alphabet.
-      orders: the n to score; an n-gram has a context of n - 1 symbols.
+      train_ids: the training stream ``[N]``, integers below ``num_symbols``.
+      test_ids: the stream to score ``[N]``, likewise. Its first symbols have shorter
+        contexts.
+      num_symbols: ``V``, the size of the vocabulary.
+      orders: the values of n to score. An n-gram model has a context of n - 1 symbols.
 
     Returns:
-      Bits a symbol for each n, over all symbols of ``test_ids``.
+      Bits a symbol for each n, averaged over all symbols of ``test_ids``.
 
     Raises:
-      ValueError: ids outside the alphabet, an empty stream, or an order below one.
+      ValueError: ids outside the vocabulary, a stream without symbols or shorter than
+        an order, or an order below one.
 
     Example:
       >>> stream = np.arange(100) % 2
@@ -56,9 +61,9 @@ def ngram_bits(
             f"{where}: train_ids has {len(train)} symbols, too few for order "
             f"{orders[-1]}; lower the order"
         )
-    # The context before each symbol, as its rank among those of the training stream,
-    # -1 if not there. An order makes it one symbol longer, so that no number of symbols
-    # or order overflows.
+    # The context before each symbol, as its rank among the contexts of the training
+    # stream, or -1 if it is not there. Ranks grow by one symbol with each order, so no
+    # number of symbols and no order overflows.
     contexts, size = np.zeros(len(train), np.int64), 1
     test_contexts = np.zeros(len(test), np.int64)
     probability = np.full(len(test), 1 / num_symbols)
@@ -87,9 +92,19 @@ def ngram_bits(
 
 
 def majority(train_y: ArrayLike, test_y: ArrayLike) -> float:
-    """Scores the most frequent class of the training set: its accuracy in the test set.
+    """Scores the predictor that always answers the most frequent class of training.
 
-    Of classes of one frequency the lowest counts.
+    If several classes are equally frequent, the lowest is taken.
+
+    Args:
+      train_y: the classes of the training set, of any shape.
+      test_y: the classes of the test set.
+
+    Returns:
+      The accuracy on the test set.
+
+    Raises:
+      ValueError: an empty set.
 
     Example:
       >>> jlstm.data.majority([0, 1, 1], [1, 1, 0, 1])
@@ -103,22 +118,22 @@ def majority(train_y: ArrayLike, test_y: ArrayLike) -> float:
 def majority_by_symbol(
     train_x: ArrayLike, train_y: ArrayLike, test_x: ArrayLike, test_y: ArrayLike
 ) -> float:
-    """Scores the most frequent class of each symbol: a tagger without context.
+    """Scores the predictor that answers each symbol with its most frequent class.
 
-    A symbol that the training set lacks gets the class most frequent in all of it; of
-    classes of one frequency the lowest counts.
+    It is a tagger without context. A symbol that the training set lacks gets the most
+    frequent class of all; if several classes are equally frequent, the lowest is taken.
 
     Args:
-      train_x: symbols, of any one shape.
+      train_x: the symbols of the training set, of any shape.
       train_y: their classes, of the same shape.
-      test_x: the test set's symbols.
+      test_x: the symbols of the test set.
       test_y: their classes.
 
     Returns:
-      The accuracy in the test set.
+      The accuracy on the test set.
 
     Raises:
-      ValueError: empty sets, or symbols and classes of different shapes.
+      ValueError: a set is empty, or symbols and classes differ in shape.
 
     Example:
       >>> jlstm.data.majority_by_symbol([7, 7, 8], [1, 1, 0], [7, 8, 9], [1, 0, 1])
@@ -143,22 +158,25 @@ def naive_bayes(
     test_xs: Sequence[ArrayLike],
     test_y: ArrayLike,
 ) -> float:
-    r"""Scores multinomial naive Bayes, a classifier that ignores order.
+    r"""Scores multinomial naive Bayes, a classifier that ignores the order of symbols.
+
+    With :math:`N(y)` the number of training sequences of class :math:`y` and
+    :math:`N(x, y)` the number of symbols :math:`x` in them, it answers
 
     .. math::
       \hat y = \arg\max_y \log N(y) + \sum_t \log \frac{N(x_t, y) + 1}{N(y, \cdot) + V}
 
     Args:
-      train_xs: sequences of symbols ``[T]``, without padding.
-      train_y: ``[N]``, one class a sequence.
-      test_xs: the test set's sequences; symbols that training lacks are left out.
+      train_xs: the training sequences, each ``[T]`` of symbols, without padding.
+      train_y: ``[N]``, one class for each sequence.
+      test_xs: the test sequences. Symbols that training lacks are left out.
       test_y: their classes.
 
     Returns:
-      The accuracy in the test set.
+      The accuracy on the test set.
 
     Raises:
-      ValueError: empty sets, or not one class a sequence.
+      ValueError: a set is empty, or there is not one class for each sequence.
 
     Example:
       >>> jlstm.data.naive_bayes([[1, 1], [2]], [0, 1], [[1, 3], [2, 2]], [0, 1])
@@ -186,19 +204,21 @@ def naive_bayes(
 def nearest_neighbour(
     train_x: ArrayLike, train_y: ArrayLike, test_x: ArrayLike, test_y: ArrayLike
 ) -> float:
-    """Scores the class of the nearest training example, by Euclidean distance.
+    """Scores the predictor that answers with the class of the nearest training example.
+
+    Distances are Euclidean; of equally near examples, the first is taken.
 
     Args:
-      train_x: ``[N, ...]``, sequences of one length.
+      train_x: ``[N, ...]``, training sequences of one length.
       train_y: ``[N]``, their classes.
-      test_x: the test set's sequences.
+      test_x: the test sequences, of the same shape.
       test_y: their classes.
 
     Returns:
-      The accuracy in the test set; of examples equally near the first counts.
+      The accuracy on the test set.
 
     Raises:
-      ValueError: empty sets, or shapes that do not fit.
+      ValueError: a set is empty, or shapes do not fit.
 
     Example:
       >>> jlstm.data.nearest_neighbour([[0.0], [1.0]], [5, 6], [[0.4], [0.9]], [5, 6])
@@ -227,18 +247,21 @@ def nearest_neighbour(
 def seasonal_naive(
     inputs: ArrayLike, target_length: int, *, period: int = 1
 ) -> np.ndarray:
-    """Forecasts that the last period repeats; of period 1, that nothing changes.
+    """Forecasts by repeating the last period of each series.
+
+    With a period of 1 it repeats the last value; this is called *persistence*.
 
     Args:
-      inputs: ``[B, T, ...]``, the windows before those to forecast.
-      target_length: steps to forecast.
-      period: the steps of a season; 1 is *persistence*.
+      inputs: ``[B, T, ...]``, the steps before those to forecast.
+      target_length: the number of steps to forecast.
+      period: the length of the period in steps, such as 24 for hourly data that repeat
+        daily.
 
     Returns:
-      Forecasts ``[B, target_length, ...]``, to be scored as the model's are.
+      Forecasts ``[B, target_length, ...]``. Score them with the loss of your model.
 
     Raises:
-      ValueError: windows shorter than one period.
+      ValueError: the inputs are shorter than one period.
 
     Example:
       >>> jlstm.data.seasonal_naive([[1, 2, 3]], 4, period=2).tolist()
@@ -254,7 +277,7 @@ def seasonal_naive(
 
 
 def _find(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Finds the place of each element among the sorted known ones, -1 if not there."""
+    """Finds the index of each element among sorted known ones, or -1."""
     place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
     return np.where(known[place] == wanted, place, -1)
 

@@ -1,4 +1,4 @@
-"""Readers of files."""
+"""Readers of text files, and splits of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from pathlib import Path
 
 
 def read_text(path: str | Path) -> str:
-    r"""Reads a UTF-8 text file, plain or ``.gz``, with ``\n`` at the end of lines.
+    r"""Reads a UTF-8 text file, plain or compressed with gzip.
+
+    All ends of lines become ``\n``.
+
+    Args:
+      path: the path of the file. With the suffix ``.gz`` it is decompressed.
+
+    Returns:
+      The text.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: a folder, a damaged archive, not UTF-8, or empty.
+      FileNotFoundError: there is no such file.
+      ValueError: the path is a folder, or the file is empty, not UTF-8, or no whole
+        gzip file.
     """
     path = Path(path)
     if not path.exists():
@@ -42,21 +51,23 @@ def read_text(path: str | Path) -> str:
 def split_files(
     files: Sequence[tuple[str, str]], fractions: Sequence[float], *, seed: int = 0
 ) -> tuple[list[tuple[str, str]], ...]:
-    """Splits named texts into parts of about the given fractions of all characters.
+    """Splits named texts into parts, such as training, validation and test.
 
-    Whole files go to one part, since lines of one file are too alike to test on. A
-    file's place depends on its name and the seed, not on the order of the files.
+    Each part has about the given fraction of all characters. A file always goes to one
+    part as a whole, because lines of one file are too similar to test on. The part
+    depends on the names of the files and the seed, not on their order.
 
     Args:
-      files: pairs of name and text, names all different.
-      fractions: one a part, of sum 1, as ``(0.8, 0.1, 0.1)``.
-      seed: another one splits differently.
+      files: pairs ``(name, text)``, all names different.
+      fractions: one for each part, with sum 1, such as ``(0.8, 0.1, 0.1)``.
+      seed: another seed gives another split.
 
     Returns:
-      A list of files a part, each sorted by name.
+      One list of files for each part, sorted by name.
 
     Raises:
-      ValueError: fractions of another sum, names twice, or a part without files.
+      ValueError: the fractions do not sum to 1, a name comes twice, or a part would
+        have no file.
 
     Example:
       >>> files = [(name, 10 * name) for name in "abcdefghij"]
@@ -73,7 +84,7 @@ def split_files(
     parts: tuple[list[tuple[str, str]], ...] = tuple([] for _ in fractions)
     part, before, bound = 0, 0, fractions[0] * total
     for name, text in sorted(files, key=lambda file: digest(f"{seed}/{file[0]}")):
-        # A file belongs where its middle lies.
+        # A file belongs to the part in which its middle lies.
         while before + len(text) / 2 > bound and part < len(parts) - 1:
             part += 1
             bound += fractions[part] * total
@@ -88,5 +99,5 @@ def split_files(
 
 
 def digest(name: str) -> bytes:
-    """Gives a key that sorts names at random, the same on every machine."""
+    """Gives a key that sorts names in a random order, the same on every machine."""
     return hashlib.sha256(name.encode()).digest()

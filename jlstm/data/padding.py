@@ -1,4 +1,4 @@
-"""Sequences of many lengths as one array."""
+"""Sequences of different lengths as one padded array."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from jlstm.data.pipeline import check_positive
 def pad(
     sequences: Sequence[ArrayLike], length: int | None = None, value: float = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pads sequences at their end to one length.
+    """Pads sequences at their end to a common length.
 
     Args:
-      sequences: ``B`` arrays ``[T_b, ...]``, of any lengths, zero too.
-      length: ``T``; by default the longest.
-      value: what the padding is filled with.
+      sequences: ``B`` arrays ``[T_b, ...]`` of any lengths, zero included.
+      length: the common length ``T``; None takes that of the longest sequence.
+      value: the number that fills the padding. Layers ignore it under ``lengths``.
 
     Returns:
-      The array ``[B, T, ...]``, of the dtype of the sequences, and ``lengths [B]``,
+      The array ``[B, T, ...]``, in the dtype of the sequences, and ``lengths [B]``,
       int32.
 
     Raises:
-      ValueError: no sequences, shapes that differ after the first dimension, a
-        sequence longer than ``length``, or a value that the dtype does not hold.
+      ValueError: there are no sequences, their shapes differ after the first axis, one
+        is longer than ``length``, or ``value`` does not fit the dtype.
 
     Example:
       >>> xs, lengths = jlstm.data.pad([[1, 2, 3], [], [4]])
@@ -36,7 +36,7 @@ def pad(
     arrays = [np.asarray(sequence) for sequence in sequences]
     if not arrays:
         raise ValueError("pad: expected at least one sequence, got none")
-    # An empty list has no dtype or inner shape of its own to speak of.
+    # The dtype and the inner shape of an empty list mean nothing.
     example = next((array for array in arrays if array.size), arrays[0])
     for index, array in enumerate(arrays):
         if array.ndim == 0 or (len(array) and array.shape[1:] != example.shape[1:]):
@@ -64,23 +64,25 @@ def pad(
 
 
 def bucket_lengths(lengths: ArrayLike, num_buckets: int) -> tuple[int, ...]:
-    r"""Chooses the padded lengths that waste the fewest steps.
+    r"""Chooses the padded lengths that need the least padding.
 
-    Of all sets of at most ``num_buckets`` lengths it returns the one that minimises
+    Among all sets of at most ``num_buckets`` lengths it finds one that minimises the
+    number of padded steps,
 
     .. math:: \sum_i \min\{\ell : \ell \ge \mathrm{lengths}_i\} - \mathrm{lengths}_i
 
     exactly, by dynamic programming over the distinct lengths.
 
     Args:
-      lengths: ``[N]``, one an example.
-      num_buckets: how many padded lengths there may be, each one compiled shape.
+      lengths: ``[N]``, the length of each example.
+      num_buckets: the largest number of padded lengths. Each is a shape for which a
+        step is compiled.
 
     Returns:
-      The padded lengths, ascending; the last is the longest of ``lengths``.
+      The padded lengths, in ascending order; the last is the longest of ``lengths``.
 
     Raises:
-      ValueError: no lengths, negative ones, or ``num_buckets`` below one.
+      ValueError: there are no lengths, one is negative, or ``num_buckets`` is below 1.
 
     Example:
       >>> jlstm.data.bucket_lengths([1, 2, 2, 9, 10], num_buckets=2)
@@ -99,7 +101,7 @@ def bucket_lengths(lengths: ArrayLike, num_buckets: int) -> tuple[int, ...]:
     sizes, counts = np.unique(array.astype(np.int64), return_counts=True)
     below = np.concatenate([[0], np.cumsum(counts)])
     buckets = min(num_buckets, len(sizes))
-    # cost[b, j]: steps that the j shortest sizes need in b buckets.
+    # cost[b, j]: the steps that the j shortest sizes need in b buckets.
     unreachable = int(sizes[-1] * below[-1]) + 1
     cost = np.full((buckets + 1, len(sizes) + 1), unreachable)
     cost[0, 0] = 0

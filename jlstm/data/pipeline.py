@@ -1,4 +1,4 @@
-"""What every pipeline shares: epochs over a grain dataset, and checks."""
+"""What all pipelines share: epochs over a grain dataset, checks, and plain batches."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def make_dataset(
 ) -> grain.MapDataset[Batch]:
     """Makes a grain dataset of ``make(epoch, index)``, with ``index < length``.
 
-    Grain hands over indices beyond the first epoch as they are, so that ``repeat``
-    gives each epoch an order of its own and random access stays exact. What it is made
-    from, ``about``, is an attribute of the function that it maps.
+    Grain passes indices beyond the first epoch on as they are. With ``repeat``, each
+    epoch therefore has an order of its own, and random access is exact. ``about``, the
+    options and the source, becomes an attribute of the mapped function.
     """
     try:
         import grain
@@ -40,12 +40,12 @@ def make_dataset(
     return grain.MapDataset.range(length).map_with_index(get)
 
 
-# Arrays of more bytes are hashed in part: the whole of a memory map may not be at hand.
+# Larger arrays are hashed in part, since a whole memory map takes long to read.
 _HASHED = 1 << 30
 
 
 def describe(array: np.ndarray) -> str:
-    """Names an array's dtype, shape and contents, by SHA-256."""
+    """Describes an array by its dtype, its shape and the SHA-256 of its contents."""
     digest = hashlib.sha256()
     rows = array.reshape(-1)
     if array.dtype.hasobject:
@@ -53,7 +53,7 @@ def describe(array: np.ndarray) -> str:
     elif array.nbytes <= _HASHED:
         digest.update(np.ascontiguousarray(rows).view(np.uint8).data)
     else:
-        # The ends, and blocks at even distances between.
+        # Blocks at even distances, the two ends included.
         block = (1 << 20) // max(array.itemsize, 1)
         for start in np.linspace(0, len(rows) - block, 1024).astype(int):
             digest.update(np.ascontiguousarray(rows[start : start + block]).data)
@@ -61,7 +61,7 @@ def describe(array: np.ndarray) -> str:
 
 
 def make_rng(seed: int, epoch: int) -> np.random.Generator:
-    """Makes the generator of one epoch, the same wherever a run is resumed."""
+    """Makes the random generator of one epoch, the same wherever a run continues."""
     return np.random.default_rng((seed, epoch))
 
 
@@ -73,7 +73,7 @@ def check_positive(where: str, **values: int) -> None:
 
 
 def check_seed(where: str, seed: int | None) -> None:
-    """Refuses what is neither ``None`` nor an integer from zero on."""
+    """Refuses what is neither ``None`` nor an integer of at least zero."""
     if seed is not None and (not isinstance(seed, numbers.Integral) or seed < 0):
         raise ValueError(f"{where}: seed must be None or an integer >= 0, got {seed!r}")
 
@@ -85,24 +85,25 @@ def batches(
     seed: int | None = None,
     drop_remainder: bool = False,
 ) -> grain.MapDataset[Batch]:
-    """Batches arrays of which each row is one example.
+    """Makes batches from arrays whose rows are the examples.
 
-    Iterate it once for one epoch, or ``.repeat(n)`` for several.
+    Iterate over the result once for one epoch, or use ``.repeat(n)`` for several.
 
     Args:
-      arrays: names to ``[N, ...]``, all with the same ``N``. They are indexed only
-        when a batch is made, so that views and memory maps stay what they are.
-      batch_size: rows of a batch.
-      seed: shuffles, each epoch differently; without it, rows stay in order.
-      drop_remainder: leaves out the last rows that do not fill a batch; otherwise
-        they make a smaller one.
+      arrays: a dict of arrays ``[N, ...]``, all with the same ``N``. They are read only
+        when a batch is made, so memory maps and views such as :func:`windows` makes are
+        never copied whole.
+      batch_size: the number of rows of a batch.
+      seed: shuffles, each epoch differently; None keeps the rows in order.
+      drop_remainder: whether to leave out the last rows if they do not fill a batch;
+        otherwise they make a smaller batch, for which a step is compiled once more.
 
     Returns:
-      A ``grain.MapDataset`` of one epoch: dicts ``name -> [B, ...]``.
+      A ``grain.MapDataset`` of one epoch; a batch is a dict of arrays ``[B, ...]``.
 
     Raises:
-      ValueError: arrays of different lengths, or too short for one batch.
-      ImportError: without grain.
+      ValueError: the arrays differ in length, or are too short for one batch.
+      ImportError: grain is not installed.
 
     Example:
       >>> xs = {"xs": np.arange(5), "labels": np.arange(5) % 2}

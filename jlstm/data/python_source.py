@@ -1,4 +1,4 @@
-"""A corpus that every machine has: the standard library's own source, labelled."""
+"""A corpus that every machine has: the source of Python's standard library."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ TOKEN_CLASSES = (
     "call",
     "decorator",
 )
-"""What :func:`python_token_classes` tells apart.
+"""The classes that :func:`python_token_classes` tells apart, in order of their index.
 
-A definition is the name after ``def`` or ``class``, a call a name before ``(``, a
-decorator the dotted name after its ``@``. Keywords are those that are always so.
+A definition is the name after ``def`` or ``class``, a call is a name before ``(``, and
+a decorator is the dotted name after ``@``, with the ``@``. Soft keywords such as
+``match`` are names.
 """
 
 _LEFT_OUT = {
@@ -63,18 +64,20 @@ _SIMPLE = {
 def python_sources(limit: int | None = None) -> list[tuple[str, str]]:
     """Reads the Python files of the running interpreter's standard library.
 
-    Left out are tests, generated tables and demonstrations, and whatever is not
-    printable ASCII and newlines (so that there are 96 symbols) or not valid Python.
+    Tests, generated tables and demonstrations are left out. So are files with anything
+    but printable ASCII and newlines, which leaves 96 symbols, and files that are not
+    valid Python.
 
     Args:
-      limit: characters at most. Files are then chosen by a hash of their names, so
-        that they are the same each time and come from everywhere.
+      limit: the largest total number of characters; None reads all. Files are chosen by
+        a hash of their names, so they are the same each time and come from all parts of
+        the library.
 
     Returns:
-      Pairs of module path (``"asyncio/tasks.py"``) and source, sorted by path.
+      Pairs of module path (such as ``"asyncio/tasks.py"``) and source, sorted by path.
 
     Raises:
-      ValueError: a standard library without source, or a limit below every file.
+      ValueError: the library has no source files, or each is longer than the limit.
 
     Example:
       >>> files = jlstm.data.python_sources(limit=100_000)
@@ -104,10 +107,10 @@ def python_sources(limit: int | None = None) -> list[tuple[str, str]]:
 
 
 def python_token_classes(source: str) -> np.ndarray:
-    """Labels every character of Python source by the kind of its token.
+    """Labels each character of Python source with the class of its token.
 
-    ``tokenize`` decides, so that the labels are exact. An f-string is a string from
-    its prefix to its last quote on every version of Python.
+    The labels are those of Python's own ``tokenize``. An f-string is a string from its
+    prefix to its last quote, on every version of Python.
 
     Args:
       source: the text of a file, ``T`` characters.
@@ -116,7 +119,7 @@ def python_token_classes(source: str) -> np.ndarray:
       ``[T]``, uint8, indices into :data:`TOKEN_CLASSES`.
 
     Raises:
-      ValueError: source that ``tokenize`` refuses.
+      ValueError: ``tokenize`` refuses the source.
 
     Example:
       >>> labels = jlstm.data.python_token_classes("f(x)  # y")
@@ -137,7 +140,7 @@ Token = tuple[int, str, Place, Place]
 
 
 def _tokens(source: str) -> list[Token]:
-    """Tokenizes; newer versions raise where older ones return an error token."""
+    """Tokenizes; refuses error tokens, for which newer versions of Python raise."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -158,7 +161,7 @@ def _tokens(source: str) -> list[Token]:
 
 
 def _join_strings(tokens: list[Token]) -> Iterator[Token]:
-    """Makes one string of the parts that an f-string has from Python 3.12 on."""
+    """Joins the parts that an f-string has from Python 3.12 on into one string."""
     depth, start = 0, (0, 0)
     for kind, text, first, last in tokens:
         name = tokenize.tok_name[kind]
@@ -174,11 +177,11 @@ def _join_strings(tokens: list[Token]) -> Iterator[Token]:
 
 
 def _classes(tokens: Iterator[Token]) -> Iterator[tuple[str, Place, Place]]:
-    """Names the class of each token; names depend on what stands beside them."""
+    """Names the class of each token; that of a name depends on its neighbours."""
     end: Token = (tokenize.ENDMARKER, "", (0, 0), (0, 0))
     before, starts_line, decorates = "", True, False
     for (kind, text, first, last), after in itertools.pairwise([*tokens, end]):
-        # Elsewhere than at the start of a logical line, `@` is an operator.
+        # Only at the start of a logical line does `@` begin a decorator.
         decorates = (starts_line and text == "@") or (
             decorates and (text == "." or kind == tokenize.NAME)
         )
@@ -208,7 +211,7 @@ def _library_files(root: Path) -> list[Path]:
 
 
 def _is_python(source: str) -> bool:
-    """Tells whether source parses, which is far faster than tokenizing it."""
+    """Tells whether source parses, which is far faster than to tokenize it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

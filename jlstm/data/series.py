@@ -1,4 +1,4 @@
-"""Windows of a time series, and the times of its gaps."""
+"""Windows of a time series, and the times between observations."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ def windows(
 ) -> dict[str, np.ndarray]:
     """Cuts a series into windows, each with the steps that follow it.
 
-    They are read-only views and take no memory; :func:`batches` copies only the rows
-    of a batch. Split a series in time before it is cut, else windows of the two parts
-    overlap.
+    The windows are read-only views, which take no memory; :func:`batches` copies only
+    the rows of a batch. Split the series into training and test parts before you cut
+    it: otherwise windows of one part overlap those of the other.
 
     Args:
-      series: ``[N, ...]``.
-      input_length: ``T``, the steps of a window.
-      target_length: the steps to forecast after it.
-      stride: the steps between the beginnings of two windows.
+      series: ``[N, ...]``, one entry for each time step.
+      input_length: ``T``, the number of steps that the model sees.
+      target_length: the number of steps after them, to be forecast; 0 for none.
+      stride: the number of steps from the start of one window to the start of the next.
+        1 gives all windows.
 
     Returns:
-      ``inputs [B, T, ...]`` and, unless ``target_length`` is 0,
+      A dict with ``inputs [B, T, ...]`` and, unless ``target_length`` is 0,
       ``targets [B, target_length, ...]``, for all windows that fit.
 
     Raises:
-      ValueError: a series shorter than one window.
+      ValueError: the series is shorter than one window.
 
     Example:
       >>> cut = jlstm.data.windows(np.arange(6), input_length=3, target_length=1)
@@ -55,24 +56,26 @@ def windows(
 
 
 def elapsed(mask: ArrayLike, times: ArrayLike) -> np.ndarray:
-    r"""Computes the time since each variable was observed last, before each step.
+    r"""Computes the time since each variable was last observed, before each step.
+
+    With :math:`s_t` the time of step t and :math:`m_t` its mask,
 
     .. math::
         \delta_t = s_t - s_{t-1} + (1 - m_{t-1}) \delta_{t-1}, \qquad \delta_1 = 0
 
-    so that a variable that was never observed counts from the first step. It is what
-    ``jlstm.GRUDInput`` takes as ``delta``. For long times choose a unit in which they
-    are of the order of 1.
+    A variable that was never observed counts from the first step. ``jlstm.GRUDInput``
+    takes the result as ``delta``.
 
     Args:
       mask: ``[T, D]``, true or 1 where a variable was observed.
-      times: ``[T]``, of the steps, in order.
+      times: ``[T]``, the time of each step, in ascending order. Choose a unit in which
+        typical gaps are about 1, such as hours or days.
 
     Returns:
-      ``[T, D]``, float32.
+      ``[T, D]``, float32, in the unit of ``times``.
 
     Raises:
-      ValueError: shapes that do not fit, or times that are not in order.
+      ValueError: shapes do not fit, or the times are not in order.
 
     Example:
       >>> observed = [[1, 0], [0, 1], [1, 1]]
@@ -91,7 +94,7 @@ def elapsed(mask: ArrayLike, times: ArrayLike) -> np.ndarray:
         )
     if not (np.diff(at) >= 0).all():
         raise ValueError(f"{where}: times must be in order and not NaN; sort the steps")
-    # Of each variable, the last step before the next one in which it was observed.
+    # For each variable, the last step before this one at which it was observed.
     steps = np.where(seen > 0, np.arange(len(at))[:, None], 0)
     last = np.maximum.accumulate(steps, axis=0)[:-1]
     delta = np.zeros(seen.shape, np.float32)

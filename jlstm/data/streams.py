@@ -1,4 +1,4 @@
-"""One long stream as parallel lanes, for truncated backpropagation through time."""
+"""A long text as parallel lanes, for truncated backpropagation through time."""
 
 from __future__ import annotations
 
@@ -28,34 +28,39 @@ def lanes(
     segment: int | None = None,
     seed: int | None = None,
 ) -> grain.MapDataset[Batch]:
-    """Cuts a stream into ``B`` lanes, and the lanes into chunks of ``T`` steps.
+    """Cuts a text into ``B`` lanes, and the lanes into chunks of ``T`` steps.
 
-    Chunk ``i + 1`` continues chunk ``i`` row by row: train on them in order and hand
-    each the carry of the one before. What does not fill a chunk in every lane is left
-    out; with a seed, other symbols are left out in each epoch.
+    Each batch is one chunk of every lane. Row by row, batch ``i + 1`` continues batch
+    ``i``, so train on the batches in order and give each the carry of the one before.
+    Symbols that do not fill a chunk in every lane are left out; with a seed, they are
+    others in each epoch.
 
-    A lane that reads on and on stays in one document for long, and a net that learns
-    from few lanes adapts to these. With ``segment``, a lane jumps after so many chunks
-    to another place, at random, where ``resets`` begins anew; an epoch still reads
+    A lane that reads on and on stays in one document for a long time, and a model that
+    learns from few lanes adapts to them. With ``segment``, a lane jumps to a random
+    other place after so many chunks, and ``resets`` is true there. An epoch still reads
     every segment once.
 
-    Iterate it once for one epoch, or ``.repeat(n)`` for several; do not shuffle it.
+    Iterate over the result once for one epoch, or use ``.repeat(n)`` for several. Do
+    not shuffle it.
 
     Args:
-      ids: ``[N]``, integers; a memory map stays one.
+      ids: ``[N]``, the symbols of the text as integers. A memory map is read only where
+        it is needed.
       batch_size: ``B``, the number of lanes.
-      length: ``T``, the steps of a chunk, through which gradients flow.
-      segment: chunks that a lane reads in a row; ``None`` reads on to its end.
-      seed: begins each epoch at another random offset, and orders the segments.
+      length: ``T``, the number of steps of a chunk, over which gradients flow.
+      segment: the number of chunks that a lane reads before it jumps; None reads the
+        lane to its end.
+      seed: begins each epoch at another random offset, and shuffles the segments. None
+        begins at the first symbol and keeps the order.
 
     Returns:
-      A ``grain.MapDataset`` of one epoch: dicts with ``inputs [B, T]``,
+      A ``grain.MapDataset`` of one epoch. A batch is a dict with ``inputs [B, T]`` and
       ``targets [B, T]`` (the symbol after each input), both int32, and
-      ``resets [B, T]``, true at the first step of a segment alone.
+      ``resets [B, T]``, true at the first step of a segment.
 
     Raises:
-      ValueError: a stream too short for one chunk, or for one segment in each lane.
-      ImportError: without grain.
+      ValueError: the text is too short for one chunk, or for one segment, in each lane.
+      ImportError: grain is not installed.
 
     Example:
       >>> chunks = jlstm.data.lanes(np.arange(13), batch_size=2, length=3)
@@ -67,7 +72,7 @@ def lanes(
     check_seed(where, seed)
     if segment is not None:
         check_positive(where, segment=segment)
-    # Room for any offset within a chunk, so that chunks end anywhere in the stream.
+    # Leaves room for any offset within a chunk, so that chunks may end anywhere.
     room = 0 if seed is None else length - 1
     num_chunks = (len(stream) - 1 - room) // (batch_size * length)
     run = num_chunks if segment is None else segment
@@ -111,24 +116,26 @@ def lanes(
 def scoring_lanes(
     ids: ArrayLike, *, batch_size: int, length: int
 ) -> grain.MapDataset[Batch]:
-    """Cuts a stream into lanes that hold every target exactly once.
+    """Cuts a text into lanes for scoring, with every symbol as a target exactly once.
 
-    As :func:`lanes`, but nothing is left out: a score is over all ``N - 1`` targets.
-    A lane begins without the symbols before it, so that the score of one lane
-    (``batch_size=1``) is that of the stream, and more lanes are faster.
+    Unlike :func:`lanes` it leaves nothing out: the score is over all ``N - 1`` targets.
+    Each lane begins without the symbols before it. With a single lane
+    (``batch_size=1``) the score is exactly that of the text; more lanes are faster.
 
     Args:
-      ids: ``[N]``, integers; a memory map stays one.
-      batch_size: ``B``, the number of lanes, which differ by at most one step.
-      length: ``T``, the steps of a chunk.
+      ids: ``[N]``, the symbols of the text as integers. A memory map is read only where
+        it is needed.
+      batch_size: ``B``, the number of lanes, whose lengths differ by at most one step.
+      length: ``T``, the number of steps of a chunk. It does not change the score, since
+        the carry goes from chunk to chunk.
 
     Returns:
-      A ``grain.MapDataset`` as that of :func:`lanes`, with ``lengths [B]`` too, below
-      ``T`` at the lanes' end; what lies beyond is 0.
+      A ``grain.MapDataset`` as that of :func:`lanes`, with ``lengths [B]`` as well,
+      which fall below ``T`` at the end of the lanes. Symbols after them are 0.
 
     Raises:
-      ValueError: a stream of fewer than two symbols.
-      ImportError: without grain.
+      ValueError: the text has fewer than two symbols.
+      ImportError: grain is not installed.
 
     Example:
       >>> chunks = jlstm.data.scoring_lanes(np.arange(8), batch_size=2, length=3)

@@ -1,4 +1,4 @@
-"""Symbols as integers, and back."""
+"""Vocabularies: symbols as integers, and back."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from numpy.typing import ArrayLike
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """The symbols of a text, characters or words; a symbol's id is its place.
+    """The symbols of a text, either characters or words, and their ids.
+
+    The id of a symbol is its index in ``symbols``. Make one from a text with
+    :meth:`from_text` or :meth:`from_words`.
 
     Attributes:
-      symbols: all different.
-      unknown: the symbol that stands for all others; without it they are an error.
+      symbols: the symbols, all different.
+      unknown: the symbol that stands for all others, one of ``symbols``. If it is None,
+        other symbols are an error.
       separator: what :meth:`decode` puts between symbols: nothing for characters, a
         space for words.
 
@@ -46,7 +50,15 @@ class Vocabulary:
 
     @classmethod
     def from_text(cls, text: str) -> Vocabulary:
-        """Makes the vocabulary of a text's characters, in the order of their codes."""
+        """Makes the vocabulary of the characters of a text, sorted by their codes.
+
+        Args:
+          text: the text; to score another one, give both joined, so that the vocabulary
+            has its characters too.
+
+        Returns:
+          The vocabulary, without an unknown symbol.
+        """
         return cls(tuple(sorted(set(text))))
 
     @classmethod
@@ -58,16 +70,18 @@ class Vocabulary:
         min_count: int = 1,
         unknown: str | None = "<unk>",
     ) -> Vocabulary:
-        """Makes the vocabulary of words, the most frequent first.
+        """Makes the vocabulary of a list of words, the most frequent ones first.
 
         Args:
-          words: those of the training text, with repetitions.
-          max_size: how many symbols there may be, the unknown one among them.
-          min_count: leaves out words that are rarer.
-          unknown: the symbol for words left out, id 0; ``None`` for none.
+          words: the words of the training text, with repetitions.
+          max_size: the largest number of symbols, the unknown one included; None keeps
+            all.
+          min_count: words that occur less often are left out.
+          unknown: the symbol for words that are left out, which gets id 0; None makes
+            such words an error.
 
         Returns:
-          The vocabulary; of words of one frequency the alphabet decides.
+          The vocabulary. Words of equal frequency are in alphabetical order.
 
         Example:
           >>> words = "the cat and the dog".split()
@@ -88,11 +102,18 @@ class Vocabulary:
         return {symbol: index for index, symbol in enumerate(self.symbols)}
 
     def encode(self, symbols: str | Iterable[str]) -> np.ndarray:
-        """Turns a text (of characters) or a list of words into ids ``[N]``, int32.
+        """Turns a text, or a list of words, into ids.
+
+        Args:
+          symbols: a string for a vocabulary of characters, a list of words for one of
+            words.
+
+        Returns:
+          The ids ``[N]``, int32.
 
         Raises:
-          ValueError: a symbol that the vocabulary does not have, if it has no unknown
-            one; a text where words are expected.
+          ValueError: the vocabulary lacks a symbol and has no unknown one, or a text
+            was given where words are expected.
         """
         if self.separator and isinstance(symbols, str):
             raise ValueError(
@@ -113,10 +134,17 @@ class Vocabulary:
         return ids
 
     def decode(self, ids: ArrayLike) -> str:
-        """Turns ids ``[N]`` back into text.
+        """Turns ids back into text.
+
+        Args:
+          ids: ``[N]``, integers.
+
+        Returns:
+          The symbols, joined by ``separator``.
 
         Raises:
-          ValueError: an id outside the vocabulary, or not integers ``[N]``.
+          ValueError: an id is outside the vocabulary, or the ids are not integers
+            ``[N]``.
         """
         array = np.asarray(ids)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -134,15 +162,21 @@ class Vocabulary:
         return self.separator.join(self.symbols[i] for i in array.tolist())
 
     def to_json(self) -> str:
-        """Writes the vocabulary as JSON, for a run's folder."""
+        """Writes the vocabulary as JSON, to be saved beside a model."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
-        """Reads what :meth:`to_json` wrote.
+        """Reads a vocabulary that :meth:`to_json` wrote.
+
+        Args:
+          text: the JSON text.
+
+        Returns:
+          The vocabulary.
 
         Raises:
-          ValueError: text that :meth:`to_json` did not write.
+          ValueError: :meth:`to_json` did not write the text.
         """
         try:
             fields = json.loads(text)
