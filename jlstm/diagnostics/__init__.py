@@ -1,4 +1,10 @@
-"""What a recurrent network does: its gates, memory and gradients, measured."""
+"""Diagnostics: the gates, the memory and the gradients of a recurrent network.
+
+The functions take a cell, a layer or a model with its params and a batch of inputs.
+They answer questions such as how long units remember, how far gradients reach back, and
+which inputs an answer rests on. Results print as text, and the ``plot_`` functions draw
+them.
+"""
 
 from jlstm.diagnostics.attribution import Attribution, attribute, occlude
 from jlstm.diagnostics.canvas import PALETTE, style

@@ -20,14 +20,16 @@ Method = Literal["gradient", "gradient_times_input", "integrated"]
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Attribution:
-    """What each step of the input contributes to a number made of the output.
+    """What each step of the input contributes to a number computed from the output.
+
+    It prints the three largest contributions of each row.
 
     Attributes:
-      steps: by row and step, ``[B, T]``; zero at masked steps.
-      features: of each feature, ``[B, T, D]``; ``None`` for occlusion.
+      steps: the contribution of each step, ``[B, T]``; zero at masked steps.
+      features: the contribution of each feature, ``[B, T, D]``; None for occlusion.
       values: the number itself, ``[B]``.
-      baseline: the number for the baseline in the place of the inputs, ``[B]``;
-        ``None`` where it was not needed.
+      baseline: the number when all inputs are replaced by the baseline, ``[B]``; None
+        unless the method is ``"integrated"``.
     """
 
     steps: np.ndarray
@@ -60,38 +62,48 @@ def attribute(
     mask: Array | None = None,
     resets: Array | None = None,
 ) -> Attribution:
-    r"""Computes by gradients what each input contributes to a number of each row.
+    r"""Computes by gradients how much each input contributes to a number of each row.
 
-    ``"gradient"`` is :math:`\partial y / \partial x_t`, and a step has its norm over
-    features; ``"gradient_times_input"`` multiplies it by :math:`x_t`, and
-    ``"integrated"`` is
+    You choose the number :math:`y` by ``target``; it may be the logit of a class.
+    ``"gradient"`` is :math:`\partial y / \partial x_t`, and the contribution of a step
+    is its norm over the features. ``"gradient_times_input"`` multiplies the gradient by
+    :math:`x_t`. ``"integrated"`` averages the gradient on the way from a baseline
+    :math:`x'` to the input,
 
     .. math::
         (x_t - x'_t) \odot \int_0^1
             \frac{\partial y}{\partial x_t}(x' + \alpha (x - x')) \, d\alpha
 
-    by the midpoint rule, whose sum is :math:`y(x) - y(x')`; a step has the sum over its
-    features.
+    so that all contributions add up to :math:`y(x) - y(x')`. The integral is taken by
+    the midpoint rule. For the last two methods, the contribution of a step is the sum
+    over its features.
 
     Args:
-      layer: a layer or model of floating inputs, or a cell. Of a model of tokens, what
-        follows the embedding.
+      layer: a cell, or a layer or model with floating inputs. Of a model of tokens,
+        give the part after the embedding.
       params: its params.
-      xs: inputs ``[B, T, ...]``.
-      target: makes of the outputs, or a model's answer, a number for each row, ``[B]``,
-        that depends on that row alone.
-      carry: the incoming carry; ``None`` means the fresh one.
-      method: one of the above.
-      baseline: :math:`x'`, of the shape of ``xs``, or one that broadcasts to it; zeros
-        if ``None``.
-      points: in which the integral is taken.
-      lengths: as of :func:`jlstm.unroll`, as are the next two.
-      mask: as above.
-      resets: as above.
+      xs: inputs ``[B, T, ...]``, one floating array.
+      target: a function of the outputs (or of a model's answer) that returns one number
+        for each row, ``[B]``, such as ``lambda ys: ys[:, -1, 0]``. The number of a row
+        must depend on that row only.
+      carry: the incoming carry; None means the fresh one.
+      method: ``"integrated"``, ``"gradient"`` or ``"gradient_times_input"``. The first
+        takes ``points`` times as long as the others, and its sum can be checked.
+      baseline: :math:`x'`, inputs that stand for "nothing": an array that broadcasts to
+        the shape of ``xs``. None means zeros.
+      points: the number of points at which the gradient is computed for the integral.
+        Raise it if the contributions do not add up.
+      lengths: valid steps of each row, ``[B]`` integers; None if all are valid.
+      mask: true at valid steps, ``[B, T]``, for padding that is not at the end; give
+        ``lengths`` or ``mask``, not both.
+      resets: true where a row begins anew, ``[B, T]``; None for nowhere.
+
+    Returns:
+      The contributions, as an :class:`Attribution`.
 
     Raises:
-      TypeError: neither a cell nor a layer.
-      ValueError: inputs that are not floating; an unknown method; a target that does
+      TypeError: ``layer`` is neither a cell nor a layer.
+      ValueError: the inputs are not floating, the method is unknown, or the target does
         not return ``[B]``.
 
     Example:
@@ -153,29 +165,35 @@ def occlude(
     mask: Array | None = None,
     resets: Array | None = None,
 ) -> Attribution:
-    r"""Computes how much a number of each row falls where one step is left out.
+    r"""Computes how much a number of each row changes when one step is left out.
 
     .. math::
         a_t = y(x) - y(x \text{ without } x_t)
 
-    By one run a step, of the rows as they are: of any inputs, tokens too.
+    The layer runs once for each step, so this takes T times as long as one run. It
+    works for any inputs, tokens too.
 
     Args:
-      layer: a layer or model, or a cell.
+      layer: a cell, a layer or a model.
       params: its params.
       xs: inputs ``[B, T, ...]``.
-      target: makes of the outputs, or a model's answer, a number for each row, ``[B]``.
-      carry: the incoming carry; ``None`` means the fresh one.
-      baseline: what stands in the place of the step, of the shape of ``xs`` or one that
-        broadcasts to it, such as the id of an unknown symbol; ``None`` masks the step,
-        so that the carry is held and its own output is zero.
-      lengths: as of :func:`jlstm.unroll`, as are the next two.
-      mask: as above.
-      resets: as above.
+      target: a function of the outputs (or of a model's answer) that returns one number
+        for each row, ``[B]``.
+      carry: the incoming carry; None means the fresh one.
+      baseline: what replaces the step: a value that broadcasts to the shape of ``xs``,
+        such as the id of an unknown symbol. None masks the step, so that the carry
+        stays as it is and the output of the step is zero.
+      lengths: valid steps of each row, ``[B]`` integers; None if all are valid.
+      mask: true at valid steps, ``[B, T]``, for padding that is not at the end; give
+        ``lengths`` or ``mask``, not both.
+      resets: true where a row begins anew, ``[B, T]``; None for nowhere.
+
+    Returns:
+      The contributions, as an :class:`Attribution` without ``features``.
 
     Raises:
-      TypeError: neither a cell nor a layer.
-      ValueError: a target that does not return ``[B]``; or what the layer refuses.
+      TypeError: ``layer`` is neither a cell nor a layer.
+      ValueError: the target does not return ``[B]``, or the layer refuses the inputs.
 
     Example:
       >>> model = jlstm.Classifier(jlstm.RNN(jlstm.GRU(4)), num_classes=2)

@@ -1,4 +1,4 @@
-"""How the pictures look: one palette, one set of sizes."""
+"""The look of the plots: one palette, one set of sizes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from jlstm.extras import import_optional
 
-# Six colours that people with any common colour vision tell apart, and greys.
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+"""The six colours of plots; people with any usual colour vision can tell them apart."""
 GREY = "#555555"
-# Maps of numbers: from nothing on, and both ways from zero.
+# Colour maps: for numbers from zero up, and for numbers on both sides of zero.
 SEQUENTIAL = "cividis"
 DIVERGING = "RdBu_r"
 WIDTH = 7.0  # inches
 
 
 def settings() -> dict[str, Any]:
-    """Returns matplotlib's settings of the style."""
+    """Returns the matplotlib settings of the library's style."""
     cycler = import_optional("cycler").cycler
     return {
         "axes.prop_cycle": cycler(color=list(PALETTE)),
@@ -51,7 +51,10 @@ def settings() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Draws what is drawn inside in the library's style.
+    """A context in which matplotlib draws in the library's style.
+
+    Figures made inside ``with style():`` have its palette, sizes and fonts. The
+    settings are restored afterwards.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -70,19 +73,19 @@ def style() -> Iterator[None]:
     try:
         yield
     finally:
-        # These alone: an rc_context would also undo what the first figure of a notebook
-        # sets when it loads its backend, and no later one would be shown.
+        # Only these: an rc_context would also undo what the first figure of a notebook
+        # sets when it loads its backend, and no later figure would be shown.
         parameters.update(before)
 
 
 @contextlib.contextmanager
 def canvas(axes: Any = None, height: float = 3.0, **options: Any) -> Iterator[Any]:
-    """Gives axes: those given, or others, in a figure of their own.
+    """Yields the given axes, or new ones in a figure of their own.
 
     Args:
-      axes: matplotlib's axes, or ``None``.
-      height: of the figure, in inches.
-      **options: of ``Figure.subplots``.
+      axes: matplotlib axes, or None.
+      height: the height of a new figure, in inches.
+      **options: options of ``Figure.subplots``.
     """
     with style():
         if axes is None:
@@ -104,7 +107,7 @@ def label_steps(axes: Any, labels: Sequence[str] | None, time: int) -> None:
 
 
 def ticks(axis: Any, labels: Sequence[str]) -> None:
-    """Puts a label on every step."""
+    """Puts a label on every step of an axis."""
     shown = [{"\n": "↵", " ": "␣"}.get(label, label) for label in labels]
     wide = max(map(len, shown), default=0) > 2
     rotation = 60 if wide and axis.axis_name == "x" else 0
@@ -116,7 +119,7 @@ def ticks(axis: Any, labels: Sequence[str]) -> None:
 
 
 def plain_ticks(axes: Any, low: float, high: float) -> None:
-    """Writes powers of ten as numbers, and more ticks where few are in sight."""
+    """Writes powers of ten as plain numbers, with more ticks on short axes."""
     ticker = import_optional("matplotlib.ticker")
     subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
@@ -125,6 +128,6 @@ def plain_ticks(axes: Any, low: float, high: float) -> None:
 
 
 def colors() -> Iterator[str]:
-    """The colours, again and again."""
+    """Yields the colours of the palette again and again."""
     while True:
         yield from PALETTE

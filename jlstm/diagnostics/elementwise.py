@@ -1,4 +1,4 @@
-"""The diagonal of a Jacobian: by one product where the function is elementwise."""
+"""The diagonal of a Jacobian, by one product where the function is elementwise."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from jax.extend.core import Literal
 from jlstm.kernels.graph import called
 from jlstm.types import Array
 
-# How a value depends on the argument: not at all; each element on its own element; the
-# same, after arrays were put side by side; or otherwise.
+# How a value depends on the argument: not at all; each element on its own element only;
+# the same, after arrays were concatenated; or in any other way.
 NONE, OWN, WIDE, JOINED = range(4)
 MOVES = ("rev", "sort", "transpose", "gather", "scatter", "triangular_solve", "fft")
 
 
 def diagonal(function: Callable[[Array], list[Array]], x: Array) -> list[Array]:
-    """Computes the diagonals of Jacobians of ``function`` at ``x [B, ...]``.
+    """Computes the diagonals of the Jacobians of ``function`` at ``x [B, ...]``.
 
-    The first axis is a batch: its rows are independent. Outputs have the shape of
+    The first axis is a batch whose rows are independent. The results have the shape of
     ``x``.
     """
     if is_elementwise(function, x):
@@ -39,7 +39,7 @@ def diagonal(function: Callable[[Array], list[Array]], x: Array) -> list[Array]:
 
 
 def is_elementwise(function: Callable[[Array], list[Array]], x: Array) -> bool:
-    """Tells, from its jaxpr, whether each element depends on its own element alone."""
+    """Tells from its jaxpr whether each element depends on its own element only."""
     jaxpr = jax.make_jaxpr(function)(x).jaxpr
     return all(kind < WIDE for kind in _read(jaxpr, [OWN]))
 

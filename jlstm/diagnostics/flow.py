@@ -1,4 +1,4 @@
-"""How gradients flow back through time: their norm at every step."""
+"""How gradients flow back through time: their norms at every step."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from jlstm.types import Array, Cell, Layer, PyTree, config, gated, is_inexact
 
 @config
 class Probe(Wrapper):
-    """Adds to the carry and the output of every step what stands beside its input.
+    """Adds to the carry and the output of every step what comes beside its input.
 
-    The inputs are ``Beside(xs, (carry, y))``. Where the output is a part of the carry,
-    what is added to that part reaches the output too.
+    The inputs are ``Beside(xs, (carry, y))``. If the output is a part of the carry,
+    what is added to that part is in the output too.
     """
 
     cell: Any
@@ -39,14 +39,14 @@ class Probe(Wrapper):
     def prepare(
         self, params: PyTree, xs: Any, *, key: Array | None = None
     ) -> tuple[PyTree, PyTree]:
-        """Gives the whole key to the inner cell, so that its noise is the same."""
+        """Gives the whole key to the inner cell, so that its noise does not change."""
         params, inner = prepare(self.cell, params, xs.cell, key)
         return Prepared(params, None), Beside(inner, xs.extra)
 
     def after(
         self, extra: PyTree, old: PyTree, new: PyTree, y: PyTree
     ) -> tuple[PyTree, PyTree]:
-        """Adds them."""
+        """Adds the perturbations."""
         del old
         leaves, tree = jax.tree.flatten(new)
         moved = [_add(leaf, d) for leaf, d in zip(leaves, extra[0], strict=True)]
@@ -64,15 +64,16 @@ def _add(leaf: Array, d: Array | None) -> Array:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Flow:
-    """Norms of the gradients that reach one recurrence, step by step and row by row.
+    """Norms of the gradients that reach one recurrence, for each row and step.
 
     Attributes:
-      carries: by part of the carry, the norm of the derivative of the loss by that part
-        after each step, ``[B, T]``; zero at masked steps. Where the output is a part of
-        the carry, as the h of an LSTM, what comes from the layers above is in it.
-      outputs: the norm of the derivative by each step's output, ``[B, T]``: what comes
-        from the layers above alone.
-      valid: ``[B, T]`` booleans.
+      carries: for each part of the carry, the norm of the derivative of the loss with
+        respect to that part after each step, ``[B, T]``; zero at masked steps. If the
+        output is a part of the carry, as the h of an LSTM is, this includes the
+        gradient that comes from the layers above.
+      outputs: the norm of the derivative with respect to each step's output,
+        ``[B, T]``: the gradient that comes from the layers above only.
+      valid: true at valid steps, ``[B, T]``.
       reverse: whether the steps were taken from the last to the first.
     """
 
@@ -83,7 +84,7 @@ class Flow:
 
     @property
     def norm(self) -> np.ndarray:
-        """The norm of the derivative by the whole carry, ``[B, T]``."""
+        """The norm of the derivative with respect to the whole carry, ``[B, T]``."""
         squares = [value.astype(np.float64) ** 2 for value in self.carries.values()]
         return np.sqrt(np.sum(squares, axis=0))
 
@@ -109,9 +110,13 @@ def _mean(value: np.ndarray, valid: np.ndarray, step: int) -> float:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class GradientFlow(Mapping[str, Flow]):
-    """The gradients in a layer's recurrences by path, in the order in which they ran.
+    """The gradient norms of all recurrences in a layer, by their paths.
+
+    It is a mapping from paths such as ``"stack[0]"`` to :class:`Flow`, in the order in
+    which the recurrences ran.
 
     Attributes:
+      flows: the same as a dict.
       loss: the value of the loss.
     """
 
@@ -147,32 +152,35 @@ def gradient_flow(
     key: Array | None = None,
     reverse: bool = False,
 ) -> GradientFlow:
-    r"""Computes the norms of :math:`\partial L / \partial c_t` and of the outputs'.
+    r"""Computes the norm of the gradient at every step of every recurrence.
 
-    Of every recurrence in a layer, at every step, in one backward pass: zeros are added
-    to each carry and output, and the loss is differentiated by them.
+    The norms are those of :math:`\partial L / \partial c_t` for each part :math:`c` of
+    the carry, and of :math:`\partial L / \partial y_t` for the outputs. One backward
+    pass gives all of them: zeros are added to each carry and output, and the loss is
+    differentiated with respect to these zeros.
 
     Args:
-      layer: a cell, or any layer or model.
+      layer: a cell, a layer or a model.
       params: its params.
       xs: inputs ``[B, T, ...]``.
-      loss: makes a number of the outputs, or of a model's answer. It is compiled, once
-        for each function given.
-      carry: the incoming carry; ``None`` means the fresh one.
-      lengths: as of :func:`jlstm.unroll`, as are the next three.
-      mask: as above.
-      resets: as above.
-      key: as above.
-      reverse: of a cell alone: takes the steps from the last to the first.
+      loss: a function of the outputs (or of a model's answer) that returns one number.
+        It is compiled once for each function object, so define it once.
+      carry: the incoming carry; None means the fresh one.
+      lengths: valid steps of each row, ``[B]`` integers; None if all are valid.
+      mask: true at valid steps, ``[B, T]``, for padding that is not at the end; give
+        ``lengths`` or ``mask``, not both.
+      resets: true where a row begins anew, ``[B, T]``; None for nowhere.
+      key: the PRNG key of dropout and other noise; None runs without noise.
+      reverse: for a cell only: whether to take the steps from the last to the first.
 
     Returns:
-      A mapping from paths to :class:`Flow`; the path of a lone cell or ``RNN`` is
+      A mapping from paths to :class:`Flow`. The path of a lone cell or ``RNN`` is
       ``"RNN"``.
 
     Raises:
-      TypeError: neither a cell nor a layer.
-      ValueError: the loss is no number; no recurrence can be seen; or what the layer
-        refuses.
+      TypeError: ``layer`` is neither a cell nor a layer.
+      ValueError: the loss is not one number, no recurrence can be observed, or the
+        layer refuses the inputs.
 
     Example:
       >>> layer, xs = jlstm.RNN(jlstm.LSTM(4)), jnp.ones((2, 5, 3))
@@ -238,7 +246,7 @@ def _flow(
         found[path] = _Found(path, names, unrolled.call.reverse)
         return outs if unrolled.call.return_carries else outs[:2]
 
-    # What is looked at belongs to a trace of its own, and has shapes alone.
+    # The first pass only finds the shapes of what is observed.
     jax.eval_shape(lambda: observed(look, call)[0])
     if not found:
         raise out_of_sight("gradient_flow", layer)

@@ -1,4 +1,4 @@
-"""How far gradients reach, in words."""
+"""A verdict on how far gradients reach, in words."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import jax
 from jlstm.diagnostics.jacobians import JacobianNorms, jacobian_norms
 from jlstm.types import Cell, PyTree
 
-# Over all steps of a sequence, a factor of less than this is no change.
+# A smaller change than by this factor, over the whole sequence, counts as none.
 FACTOR = 2.0
 BIASES = ("forget_bias", "update_bias")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Verdict:
-    """Whether gradients vanish, hold or explode; prints itself as a sentence.
+    """Whether gradients vanish, hold or explode; it prints as a sentence.
 
     Attributes:
-      word: ``"vanish"``, ``"hold"`` or ``"explode"``.
-      steps: in how many steps their norm halves, or doubles; infinity if it does
-        neither.
-      norms: what was measured.
-      others: what would be measured with another setting, such as
+      word: ``"vanish"`` or ``"explode"`` if the norm of gradients changes by more than
+        a factor of 2 over the sequence, else ``"hold"``.
+      steps: the number of steps in which the norm halves or doubles; infinity if it
+        holds.
+      norms: the measured norms.
+      others: the norms that other settings would give, by their names, such as
         ``"forget_bias=1.0"``.
     """
 
@@ -76,23 +77,28 @@ def verdict(
     *,
     part: str | None = None,
 ) -> Verdict:
-    """Says whether gradients vanish or explode on their way back through time.
+    """Says whether gradients vanish, hold or explode on their way back through time.
 
-    By :func:`jacobian_norms`. Where they vanish in a cell whose ``forget_bias`` (or the
-    ``update_bias`` of a GRU) is a number, it is measured too how they would with a
-    larger one, the other params being what they are: with 1, or if it is 1 or more,
-    with 2 more.
+    It measures this with :func:`jacobian_norms`. If gradients vanish in a cell whose
+    ``forget_bias`` (or ``update_bias``, for a GRU) is a number, it also measures how
+    they would behave with a larger bias and the other params unchanged: with a bias
+    of 1, or with 2 more if the bias is 1 or more already.
 
     Args:
       cell: any cell.
-      params: its params.
-      xs: inputs ``[B, T, ...]``.
-      carry: the incoming carry; ``None`` means the fresh one.
-      part: of the carry, as in :func:`jacobian_norms`.
+      params: its params, fresh or trained.
+      xs: inputs ``[B, T, ...]`` like those of training. A few rows are enough; T should
+        be as long as the memory that you need.
+      carry: the incoming carry; None means the fresh one.
+      part: the part of the carry to look at, such as ``"h"``; None means the whole, as
+        in :func:`jacobian_norms`.
+
+    Returns:
+      The verdict, which prints as a sentence.
 
     Raises:
-      TypeError: no cell.
-      ValueError: the carry has no such part; no steps.
+      TypeError: ``cell`` is no cell.
+      ValueError: the carry has no such part, or there are no steps.
 
     Example:
       >>> cell, xs = jlstm.LSTM(4, forget_bias=0.0), jnp.zeros((1, 50, 3))
@@ -116,7 +122,7 @@ def verdict(
 
 
 def _moved(cell: Any, name: str, new: float, params: PyTree, xs: PyTree) -> PyTree:
-    """The params, moved as far as another bias moves those at init."""
+    """Returns the params, changed as far as the new bias changes those of ``init``."""
     x = jax.tree.map(lambda leaf: leaf[:, 0], xs)
     key = jax.random.key(0)
     before = cell.init(key, x)

@@ -1,4 +1,4 @@
-"""Norms of products of Jacobians, spectra, Lyapunov exponents."""
+"""Norms of products of Jacobians, spectra, and Lyapunov exponents."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from jlstm.types import Cell, PyTree
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class JacobianNorms:
-    """How the norm of a product of step Jacobians changes with their number.
+    """How the norm of a product of step Jacobians changes with the number of steps.
 
     Attributes:
-      log_norms: natural logarithms, ``[B, T]``; entry k is of k + 1 steps.
-      part: of which part of the carry.
+      log_norms: the natural logarithms of the norms, ``[B, T]``; entry k is that of
+        k + 1 steps.
+      part: the part of the carry that was differentiated.
     """
 
     log_norms: np.ndarray
@@ -35,24 +36,25 @@ class JacobianNorms:
 
     @property
     def norms(self) -> np.ndarray:
-        """The norms, ``[B, T]``; entry k is of k + 1 steps."""
+        """The norms, ``[B, T]``; entry k is that of k + 1 steps."""
         return np.exp(self.log_norms)
 
     @property
     def lags(self) -> np.ndarray:
-        """The numbers of steps, ``[T]``, from 1 on."""
+        """The numbers of steps, ``[T]``: 1, 2, and so on."""
         return np.arange(1, self.log_norms.shape[1] + 1)
 
     @property
     def median(self) -> np.ndarray:
-        """The medians over rows, ``[T]``."""
+        """The medians of the norms over rows, ``[T]``."""
         return np.median(self.norms, axis=0)
 
     @property
     def rate(self) -> float:
-        """The slope of the logarithm over the number of steps, by least squares.
+        """The growth rate of the norm: the logarithm of its mean factor a step.
 
-        Of the medians over rows; minus infinity where the norm is zero somewhere.
+        It is the slope, by least squares, of the median logarithm over the number of
+        steps. Below 0 the norm falls; minus infinity means that it becomes zero.
         """
         curve = np.median(self.log_norms, axis=0)
         if not np.isfinite(curve).all():
@@ -63,28 +65,28 @@ class JacobianNorms:
 
     @property
     def halving(self) -> float:
-        """Steps in which the norm halves; infinity if it does not, 0 if at once."""
+        """Steps in which the norm halves; infinity if it does not fall."""
         return -math.log(2) / self.rate if self.rate < 0 else math.inf
 
     @property
     def half_life(self) -> int:
-        """Steps until the median is half of that of one step, and stays below."""
+        """The last number of steps over which the norm stays above half its first."""
         above = np.flatnonzero(self.median >= self.median[0] / 2)
         return int(above[-1] + 1)
 
     @property
     def memory_length(self) -> float:
-        r"""The effective length of memory, :math:`\sum_k n_k / n_1`, in steps.
+        r"""The effective length of memory in steps, :math:`\sum_k n_k / n_1`.
 
-        Of a norm that falls by a factor r a step it is :math:`1 / (1 - r)`, but no more
-        than the number of steps.
+        Here :math:`n_k` is the median norm over k steps. If the norm falls by a factor
+        r each step, this is :math:`1 / (1 - r)`, but at most the number of steps.
         """
         return float(self.median.sum() / self.median[0]) if self.median[0] else 0.0
 
     def __repr__(self) -> str:
         steps = self.lags[[0, -1]]
         change = "grows" if self.rate > 0 else "falls"
-        # What does not fall has neither.
+        # Where the norm does not fall, neither has a meaning.
         falls = (
             f"; half-life {self.half_life} steps, memory length "
             f"{self.memory_length:.3g} steps"
@@ -106,24 +108,30 @@ def jacobian_norms(
     part: str | None = None,
     anchor: Anchor = "last",
 ) -> JacobianNorms:
-    r"""Computes the norms of :math:`\partial s_T / \partial s_{T-k}`, k from 1 to T.
+    r"""Computes how strongly the carry depends on the carry k steps earlier.
 
-    The largest singular values: what a gradient at the last step is multiplied by at
-    most on its way back over k steps. Products are kept by their logarithms, so that
-    none underflows.
+    The results are the norms (largest singular values) of
+    :math:`\partial s_T / \partial s_{T-k}` for k from 1 to T. Each bounds the factor by
+    which a gradient at the last step is multiplied on its way back over k steps. The
+    products are kept as logarithms, so none underflows.
 
     Args:
       cell: any cell.
       params: its params.
       xs: inputs ``[B, T, ...]``.
-      carry: the incoming carry; ``None`` means the fresh one.
-      part: the name of a part of the carry, such as ``"h"``: of which the derivative is
-        taken, and by which; ``None`` means the whole.
-      anchor: ``"last"``; or ``"first"``, for :math:`\partial s_k / \partial s_0`.
+      carry: the incoming carry; None means the fresh one.
+      part: the name of a part of the carry, such as ``"h"``, which is differentiated
+        with respect to itself at the earlier step; None means the whole carry.
+      anchor: ``"last"`` goes back from the last step. ``"first"`` goes forward from the
+        first: the norms of :math:`\partial s_k / \partial s_0`.
+
+    Returns:
+      The norms for each row and number of steps.
 
     Raises:
-      TypeError: no cell.
-      ValueError: the carry has no such part; no steps; an unknown anchor.
+      TypeError: ``cell`` is no cell.
+      ValueError: the carry has no such part, there are no steps, or the anchor is
+        unknown.
 
     Example:
       >>> cell, xs = jlstm.LSTM(4), jnp.ones((2, 5, 3))
@@ -143,10 +151,11 @@ def jacobian_norms(
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Spectrum:
-    """Eigenvalues and singular values of the Jacobians of single steps.
+    """The eigenvalues and singular values of the Jacobians of single steps.
 
     Attributes:
-      eigenvalues: complex, ``[B, T, N]``, the largest first.
+      eigenvalues: complex, ``[B, T, N]``, the largest modulus first. N is the number of
+        elements in the carry of a row.
       singular_values: ``[B, T, N]``, the largest first.
     """
 
@@ -169,13 +178,25 @@ def spectrum(
     *,
     part: str | None = None,
 ) -> Spectrum:
-    r"""Computes the spectra of :math:`\partial s_t / \partial s_{t-1}` at every step.
+    r"""Computes the eigenvalues and singular values of every step's Jacobian.
 
-    Args are those of :func:`jacobian_norms`.
+    The Jacobian of a step is :math:`\partial s_t / \partial s_{t-1}`. Where its
+    largest eigenvalues have a modulus near 1, memory lasts.
+
+    Args:
+      cell: any cell.
+      params: its params.
+      xs: inputs ``[B, T, ...]``.
+      carry: the incoming carry; None means the fresh one.
+      part: the name of a part of the carry, such as ``"h"``; None means the whole. The
+        time and memory grow with the size of the part.
+
+    Returns:
+      The eigenvalues and singular values, for each row and step.
 
     Raises:
-      TypeError: no cell.
-      ValueError: the carry has no such part; no steps.
+      TypeError: ``cell`` is no cell.
+      ValueError: the carry has no such part, or there are no steps.
 
     Example:
       >>> cell, xs = jlstm.Elman(4), jnp.zeros((2, 5, 3))
@@ -196,10 +217,11 @@ def spectrum(
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Lyapunov:
-    """Lyapunov exponents of a recurrence driven by its inputs.
+    """The Lyapunov exponents of a recurrence driven by its inputs.
 
     Attributes:
-      exponents: ``[B, N]``, the largest first: the mean logarithm of a factor a step.
+      exponents: ``[B, N]``, the largest first. Each is the mean logarithm of the factor
+        by which a small difference of carries grows each step; above 0 it grows.
     """
 
     exponents: np.ndarray
@@ -223,9 +245,11 @@ def lyapunov_exponents(
     count: int | None = None,
     skip: int = 0,
 ) -> Lyapunov:
-    r"""Computes Lyapunov exponents along the trajectories of a batch.
+    r"""Computes the Lyapunov exponents of a cell on a batch of sequences.
 
-    With :math:`J_t Q_{t-1} = Q_t R_t` at each step, Q orthogonal and R triangular,
+    They measure whether small differences between carries grow (positive exponents) or
+    die out (negative ones). With :math:`J_t` the Jacobian of step t and
+    :math:`J_t Q_{t-1} = Q_t R_t`, Q orthogonal and R triangular,
 
     .. math::
         \lambda_i = \frac1T \sum_t \log |R_t^{ii}|
@@ -233,14 +257,19 @@ def lyapunov_exponents(
     Args:
       cell: any cell.
       params: its params.
-      xs: inputs ``[B, T, ...]``; a long T, since the mean converges slowly.
-      carry: the incoming carry; ``None`` means the fresh one.
-      count: how many, the largest; ``None`` means all.
-      skip: steps at the beginning that do not count.
+      xs: inputs ``[B, T, ...]``. Choose a long T, such as some hundreds of steps, since
+        the mean converges slowly.
+      carry: the incoming carry; None means the fresh one.
+      count: how many of the largest exponents to compute; None means all.
+      skip: the number of steps at the beginning that do not count, until the carry has
+        forgotten where it began.
+
+    Returns:
+      The exponents of each row.
 
     Raises:
-      TypeError: no cell.
-      ValueError: ``count`` or ``skip`` does not fit; no steps.
+      TypeError: ``cell`` is no cell.
+      ValueError: ``count`` or ``skip`` is out of range, or there are no steps.
 
     Example:
       >>> cell, xs = jlstm.Elman(4, activation=jax.nn.identity), jnp.ones((2, 50, 3))

@@ -1,4 +1,4 @@
-"""What a trace says of gates and memory: saturation, time constants, writes."""
+"""What a trace says about gates and memory: saturation, time constants, writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jlstm.diagnostics.traces import Trace, Traces
 
 
 def only(trace: Trace | Traces) -> Trace:
-    """Returns a trace; of a layer's, the only one.
+    """Returns the trace of one recurrence, also if it is the only one of a layer.
 
     Raises:
       ValueError: there are several, or none.
@@ -30,7 +30,7 @@ def only(trace: Trace | Traces) -> Trace:
 
 
 def numbers(values: np.ndarray) -> str:
-    """Writes the median of numbers, and the least and the largest."""
+    """Writes the median of numbers, the least and the largest."""
     if not values.size:
         return "none"
     low, middle, high = np.min(values), np.median(values), np.max(values)
@@ -39,12 +39,12 @@ def numbers(values: np.ndarray) -> str:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Saturation:
-    """How often each gate is nearly shut or open, unit by unit.
+    """How often the gates of each unit are nearly shut or nearly open.
 
     Attributes:
-      low: by gate, the fraction of valid steps in the lowest tenth of its range,
-        ``[H]``.
-      high: in the highest tenth.
+      low: for each gate, the fraction of valid steps at which it is in the lowest tenth
+        of its range, ``[H]``.
+      high: the same for the highest tenth, ``[H]``.
     """
 
     low: dict[str, np.ndarray]
@@ -60,16 +60,19 @@ class Saturation:
 
 
 def saturation(trace: Trace | Traces) -> Saturation:
-    """Computes how often each unit's gates are nearly shut or open.
+    """Computes how often the gates of each unit are nearly shut or nearly open.
 
-    A gate that is always open or always shut passes no gradient to its weights. Gates
-    whose range is not known are left out.
+    A gate that is always open or always shut passes almost no gradient to its weights.
+    Gates whose range is not known are left out.
 
     Args:
-      trace: of one recurrence.
+      trace: the trace of one recurrence, from :func:`trace`.
+
+    Returns:
+      The fractions, by gate and unit.
 
     Raises:
-      ValueError: traces of several recurrences.
+      ValueError: the traces are of several recurrences; choose one by its path.
 
     Example:
       >>> cell, xs = jlstm.LSTM(4), jnp.ones((2, 5, 3))
@@ -99,8 +102,9 @@ class TimeConstants:
     """Over how many steps each unit forgets.
 
     Attributes:
-      steps: by memory, ``[H]``; 0 where nothing is kept but by the recurrent product,
-        infinity where nothing is forgotten.
+      steps: for each part of the carry, the time constants of its units in steps,
+        ``[H]``. Infinity means that nothing is forgotten; 0 means that a unit keeps
+        nothing, unless through the recurrent product.
     """
 
     steps: dict[str, np.ndarray]
@@ -117,13 +121,18 @@ def time_constants(trace: Trace | Traces) -> TimeConstants:
     .. math::
         \tau = -1 / \overline{\log |r_t|}
 
-    with the retention r (see :class:`Trace`), averaged over valid steps.
+    The bar is the average over valid steps, and r is the retention, the fraction of
+    the old carry that a step keeps (see :class:`Trace`). In an LSTM, r is the forget
+    gate: 0.95 gives a time constant of about 20 steps.
 
     Args:
-      trace: of one recurrence.
+      trace: the trace of one recurrence, from :func:`trace`.
+
+    Returns:
+      The time constants in steps, by part of the carry and unit.
 
     Raises:
-      ValueError: traces of several recurrences.
+      ValueError: the traces are of several recurrences; choose one by its path.
 
     Example:
       >>> cell, xs = jlstm.LSTM(4, forget_bias=3.0), jnp.zeros((2, 5, 3))
@@ -144,11 +153,11 @@ def time_constants(trace: Trace | Traces) -> TimeConstants:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class DeadUnits:
-    """Units whose memory hardly moves.
+    """Units whose carry hardly changes.
 
     Attributes:
-      units: by memory, the numbers of the units.
-      sizes: by memory, how many units there are.
+      units: for each part of the carry, the indices of its dead units.
+      sizes: for each part of the carry, its number of units.
     """
 
     units: dict[str, np.ndarray]
@@ -164,16 +173,19 @@ class DeadUnits:
 
 
 def dead_units(trace: Trace | Traces, *, tolerance: float = 0.01) -> DeadUnits:
-    """Finds units whose memory moves by less than a part of what the liveliest does.
+    """Finds units whose carry hardly changes over all steps and rows.
 
     Args:
-      trace: of one recurrence.
-      tolerance: that part: a unit is dead if the distance between the least and the
-        largest value over all valid steps is at most so many times that of the unit
-        where it is largest.
+      trace: the trace of one recurrence, from :func:`trace`.
+      tolerance: a unit is dead if its range (largest minus smallest value over all
+        valid steps) is at most this fraction of the largest range among the units.
+
+    Returns:
+      The dead units, by part of the carry.
 
     Raises:
-      ValueError: traces of several recurrences, or a tolerance that is not in 0 to 1.
+      ValueError: the traces are of several recurrences, or ``tolerance`` is not from 0
+        to below 1.
 
     Example:
       >>> cell, xs = jlstm.LSTM(4), jnp.ones((2, 5, 3))
@@ -201,13 +213,13 @@ def dead_units(trace: Trace | Traces, *, tolerance: float = 0.01) -> DeadUnits:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Writes:
-    """When what a memory holds at the end was written.
+    """Which steps wrote what the carry holds at the end.
 
     Attributes:
-      by_step: by memory, what each step contributed to the final carry, ``[B, T, H]``.
-      by_initial: what the incoming carry contributed, ``[B, H]``.
-      largest: the step that contributed most, ``[B, H]``; -1 if that is the incoming
-        carry.
+      by_step: for each part of the carry, the contribution of each step to its final
+        value, ``[B, T, H]``.
+      by_initial: the contribution of the incoming carry, ``[B, H]``.
+      largest: the step that contributed most, ``[B, H]``; -1 if the incoming carry did.
     """
 
     by_step: dict[str, np.ndarray]
@@ -226,20 +238,25 @@ class Writes:
 
 
 def writes(trace: Trace | Traces) -> Writes:
-    r"""Computes what each step contributed to the final carry.
+    r"""Computes how much each step contributed to the final carry.
 
     .. math::
         c_T = \sum_s (c_s - r_s \odot c_{s-1}) \prod_{t > s} r_t
             + c_0 \prod_t r_t
 
-    with the retention r (see :class:`Trace`), which makes the sum exact. A masked step
-    writes nothing and keeps all; a step that begins from a fresh carry keeps nothing.
+    with the retention r (see :class:`Trace`). The first factor of a term is what step s
+    wrote, and the product is the part of it that later steps kept. The sum is exact. A
+    masked step writes nothing and keeps everything; a step that begins from the fresh
+    carry keeps nothing.
 
     Args:
-      trace: of one recurrence.
+      trace: the trace of one recurrence, from :func:`trace`.
+
+    Returns:
+      The contributions, by part of the carry.
 
     Raises:
-      ValueError: traces of several recurrences.
+      ValueError: the traces are of several recurrences; choose one by its path.
 
     Example:
       >>> cell, xs = jlstm.LSTM(4), jnp.ones((1, 5, 3))

@@ -1,4 +1,4 @@
-"""Runs a layer, and looks at every step of every recurrence inside."""
+"""Runs a layer, and observes every step of every recurrence inside."""
 
 from __future__ import annotations
 
@@ -41,29 +41,31 @@ def trace(
     key: Array | None = None,
     reverse: bool = False,
 ) -> Any:
-    """Runs a cell, or every recurrence inside a layer, and keeps what each step did.
+    """Runs a cell or a layer, and keeps what every step of its recurrences did.
 
-    Compiled once a layer and shape. Wrapped cells answer with the gates of the inner
-    one.
+    It is compiled once for each layer and shape. A wrapped cell shows the gates of the
+    inner cell.
 
     Args:
-      layer: a cell, or any layer or model.
+      layer: a cell, a layer or a model.
       params: its params.
       xs: inputs ``[B, T, ...]``.
-      carry: the incoming carry; ``None`` means the fresh one.
-      lengths: as of :func:`jlstm.unroll`, as are the next three.
-      mask: as above.
-      resets: as above.
-      key: as above; ``None`` is the deterministic form.
-      reverse: of a cell alone: takes the steps from the last to the first.
+      carry: the incoming carry; None means the fresh one.
+      lengths: valid steps of each row, ``[B]`` integers; None if all are valid.
+      mask: true at valid steps, ``[B, T]``, for padding that is not at the end; give
+        ``lengths`` or ``mask``, not both.
+      resets: true where a row begins anew, ``[B, T]``; None for nowhere.
+      key: the PRNG key of dropout and other noise; None runs without noise.
+      reverse: for a cell only: whether to take the steps from the last to the first.
 
     Returns:
-      A :class:`Trace` of a cell; of a layer :class:`Traces`, by path.
+      A :class:`Trace` for a cell; for a layer, a :class:`Traces`, which maps the paths
+      of its recurrences to traces.
 
     Raises:
-      TypeError: neither a cell nor a layer.
-      ValueError: ``reverse`` with a layer, which says itself; or what the layer
-        refuses.
+      TypeError: ``layer`` is neither a cell nor a layer.
+      ValueError: ``reverse`` is given for a layer, no recurrence can be observed, or
+        the layer refuses the inputs.
 
     Example:
       >>> layer = jlstm.stack(jlstm.RNN(jlstm.LSTM(4)), jlstm.Dense(2))
@@ -86,10 +88,10 @@ def trace(
 def check_inputs(
     where: str, layer: Any, xs: PyTree, masking: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Refuses what has no steps, looks at concrete inputs, and makes arrays of lists.
+    """Checks inputs whose values are known, and turns lists into arrays.
 
     Raises:
-      TypeError: neither a cell nor a layer.
+      TypeError: ``layer`` is neither a cell nor a layer.
       ValueError: xs, lengths, mask or resets do not fit.
     """
     if not (hasattr(layer, "step") and hasattr(layer, "init_carry")):
@@ -102,7 +104,7 @@ def check_inputs(
 
 
 def run(layer: Any, reverse: bool, *args: Any, **masking: Any) -> tuple:
-    """Runs a layer, or a cell over a sequence."""
+    """Runs a layer, or unrolls a cell over a sequence."""
     if is_layer(layer):
         return layer.apply(*args, **masking)
     return door.unroll(layer, *args, reverse=reverse, **masking)
@@ -111,7 +113,7 @@ def run(layer: Any, reverse: bool, *args: Any, **masking: Any) -> tuple:
 def observed(
     observer: Callable[[str, door.Unrolled], Any], call: Callable[[], Any]
 ) -> Any:
-    """Calls a function, and hands its recurrences to an observer by their paths."""
+    """Calls a function, and shows its recurrences to an observer, with their paths."""
     seen: dict[str, int] = {}
 
     def observe(unrolled: door.Unrolled) -> Any:
@@ -120,14 +122,14 @@ def observed(
         path = path if count == 1 else f"{path} ({count})"
         return observer(path, unrolled)
 
-    # Where layers are recorded, a stack runs them and no compiled copy.
+    # While layers are recorded, a stack runs them one by one, not as a compiled whole.
     with recording(), door.observing(observe):
         return call()
 
 
 @contextlib.contextmanager
 def in_sight(where: str, layer: Any) -> Iterator[None]:
-    """Says what to do where a recurrence runs out of sight.
+    """Explains the error of a recurrence that cannot be observed.
 
     Raises:
       ValueError: it runs inside a function that the layer compiles or scans itself.
@@ -139,7 +141,7 @@ def in_sight(where: str, layer: Any) -> Iterator[None]:
 
 
 def out_of_sight(where: str, layer: Any) -> ValueError:
-    """Makes the error of a layer whose recurrences cannot be seen."""
+    """Makes the error for a layer whose recurrences cannot be observed."""
     return door.error(
         where,
         f"finds no recurrence in {layer!r}; what runs inside a jax.jit or a lax.scan "
@@ -222,8 +224,8 @@ def _before(carries: PyTree, initial: PyTree, reverse: bool) -> PyTree:
 
 
 def _step(cell: Any, params: PyTree, carry: PyTree, x: PyTree) -> tuple[list, Any]:
-    """Takes a step; returns what it named, and the carry's way with products held."""
-    # What a user's step compiles for itself would hide its gates.
+    """Takes a step; returns its named gates, and the carry's path without products."""
+    # Gates inside a function that the step compiles itself would not be seen.
     with naming() as values, jax.disable_jit():
         if not gated(cell):
             cell.step(params, carry, x)
@@ -244,12 +246,12 @@ def _distinct(names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]
 
 
 def name_of(path: Any) -> str:
-    """Names a part of a carry by its place there."""
+    """Names a part of a carry by its path."""
     return jax.tree_util.keystr(path, simple=True, separator=".") or "carry"
 
 
 def _places(carry: PyTree) -> list[tuple[str, tuple[int, ...]]]:
-    """Names the memories of a carry, with the numbers of their leaves."""
+    """Names the parts of a carry, with the indices of their leaves."""
     names = [name_of(path) for path, _ in jax.tree.leaves_with_path(carry)]
     made: list[tuple[str, tuple[int, ...]]] = []
     for i, name in enumerate(names):

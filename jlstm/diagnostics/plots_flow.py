@@ -1,4 +1,4 @@
-"""Pictures of gradients over time, Jacobians, and runs."""
+"""Plots of gradients over time, of Jacobians, and of training."""
 
 from __future__ import annotations
 
@@ -29,20 +29,23 @@ def plot_gradient_flow(
     labels: Sequence[str] | None = None,
     axes: Any = None,
 ) -> Any:
-    """Plots the norm of the gradient at each step, a line a recurrence.
+    """Plots the norm of the gradient at each step, one line for each recurrence.
 
     Args:
-      flow: of :func:`gradient_flow`, or flows by label, such as those of several cells.
-      of: ``"carry"`` as a whole, a part of it by name, or ``"output"``.
-      row: of the batch; the median over rows that are valid there if ``None``.
-      labels: of the steps.
-      axes: where to draw; a new figure if ``None``.
+      flow: what :func:`gradient_flow` returned, or several flows by label, such as
+        those of different cells.
+      of: what the gradient is taken with respect to: ``"carry"`` for the whole carry,
+        the name of a part of it, or ``"output"``.
+      row: the row of the batch; None draws the median over the valid rows.
+      labels: labels of the steps, such as the symbols that were read; None numbers
+        them.
+      axes: matplotlib axes to draw into; None makes a new figure.
 
     Returns:
-      The figure.
+      The matplotlib figure.
 
     Raises:
-      ValueError: a recurrence without such a part.
+      ValueError: a recurrence has no such part.
       ImportError: matplotlib is not installed.
     """
     flows = {"": flow} if isinstance(flow, Flow) else dict(flow)
@@ -75,17 +78,18 @@ def plot_jacobian_norms(
     log_lags: bool = False,
     axes: Any = None,
 ) -> Any:
-    """Plots the norms of products of Jacobians over their number of steps.
+    """Plots how far gradients reach: the norms of Jacobians over the number of steps.
 
-    A line is the median over rows, with the range of all rows around it.
+    A line is the median over rows, with the range of all rows around it. The legend
+    says in how many steps the norm halves or doubles.
 
     Args:
-      norms: of one cell, or of several by label.
-      log_lags: whether the axis of steps is logarithmic too.
-      axes: where to draw; a new figure if ``None``.
+      norms: what :func:`jacobian_norms` returned, or several of them by label.
+      log_lags: whether the axis of steps is logarithmic too, for long sequences.
+      axes: matplotlib axes to draw into; None makes a new figure.
 
     Returns:
-      The figure.
+      The matplotlib figure.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -120,15 +124,18 @@ def _text(norms: JacobianNorms) -> str:
 
 
 def plot_spectrum(found: Spectrum, *, step: int | None = None, axes: Any = None) -> Any:
-    """Plots the eigenvalues of Jacobians in the complex plane, and the unit circle.
+    """Plots the eigenvalues of step Jacobians in the complex plane.
+
+    The unit circle is drawn with them: eigenvalues near it keep information.
 
     Args:
-      found: of :func:`spectrum`.
-      step: whose; if ``None``, all steps, with the earliest in the darkest tone.
-      axes: where to draw; a new figure if ``None``.
+      found: what :func:`spectrum` returned.
+      step: the step whose eigenvalues are drawn; None draws all steps, from dark (the
+        first) to light.
+      axes: matplotlib axes to draw into; None makes a new figure.
 
     Returns:
-      The figure.
+      The matplotlib figure.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -158,14 +165,15 @@ def plot_spectrum(found: Spectrum, *, step: int | None = None, axes: Any = None)
 def plot_gradient_history(
     steps: Sequence[int], curves: Mapping[str, Sequence[Any]]
 ) -> Any:
-    """Plots the norms of gradients over time, a line a training step.
+    """Plots the norms of gradients over time, one line for each training step.
 
     Args:
-      steps: the training steps, in order.
-      curves: norms ``[T]`` for each of them, by the path of a recurrence.
+      steps: the training steps of the measurements, in ascending order.
+      curves: for each path of a recurrence, one array of norms ``[T]`` for each of
+        these steps, such as the ``curves`` of a :class:`Watch`.
 
     Returns:
-      The figure.
+      The matplotlib figure.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -192,14 +200,15 @@ def plot_training(
     *,
     prefix: str = "diagnostics/",
 ) -> Any:
-    """Plots what :func:`watch` added to the metrics of a run, a panel a quantity.
+    """Plots what :func:`watch` measured during training, one panel for each quantity.
 
     Args:
-      records: of ``jlstm.train.read_jsonl``, or a hook's ``records``.
-      prefix: with which their names begin.
+      records: the metrics of the run, from ``jlstm.train.read_jsonl``, or the
+        ``records`` of a :class:`Watch`.
+      prefix: what the names of these metrics begin with.
 
     Returns:
-      The figure.
+      The matplotlib figure.
 
     Raises:
       ValueError: no record has such a metric.

@@ -1,4 +1,4 @@
-"""Pictures of what inputs and symbols contribute: bars, coloured text, attention."""
+"""Plots of contributions of inputs and symbols: bars, coloured text, attention."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ def plot_attribution(
     labels: Sequence[str] | None = None,
     axes: Any = None,
 ) -> Any:
-    """Plots what each step of one row contributed, as bars.
+    """Plots how much each step of one row contributed, as bars.
 
     Args:
-      found: of :func:`attribute` or :func:`occlude`.
-      row: of the batch.
-      labels: of the steps, such as the symbols that were read.
-      axes: where to draw; a new figure if ``None``.
+      found: what :func:`attribute` or :func:`occlude` returned.
+      row: the row of the batch.
+      labels: labels of the steps, such as the symbols that were read; None numbers
+        them.
+      axes: matplotlib axes to draw into; None makes a new figure.
 
     Returns:
-      The figure.
+      The matplotlib figure.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -53,19 +54,21 @@ def plot_text(
     scale: float | None = None,
     columns: int = 72,
 ) -> Any:
-    """Draws text coloured by numbers; :func:`colour_text` gives HTML.
+    """Draws text coloured by one number for each symbol.
+
+    It makes a figure; :func:`colour_text` makes HTML and plain text instead.
 
     Args:
-      symbols: characters or words; a string is its characters.
-      values: as many numbers.
-      scale: the absolute value of the strongest colour; the largest if ``None``.
-      columns: characters a line.
+      symbols: characters or words; a string counts as its characters.
+      values: one number for each symbol.
+      scale: the absolute value that gets the strongest colour; None takes the largest.
+      columns: the number of characters on a line.
 
     Returns:
-      The figure.
+      The matplotlib figure.
 
     Raises:
-      ValueError: another number of values.
+      ValueError: there are more or fewer values than symbols.
       ImportError: matplotlib is not installed.
     """
     text = colour_text(symbols, values, scale=scale)
@@ -106,19 +109,19 @@ def plot_attention(
     outputs: Sequence[str] | None = None,
     axes: Any = None,
 ) -> Any:
-    """Plots attention weights as a map of outputs by inputs.
+    """Plots attention weights as a map, with a row for each output.
 
     Args:
-      weights: ``[T_out, T_in]``, of one row.
-      inputs: labels of the inputs.
-      outputs: labels of the outputs.
-      axes: where to draw; a new figure if ``None``.
+      weights: ``[T_out, T_in]``, the weights of one example.
+      inputs: labels of the inputs, along the horizontal axis; None numbers them.
+      outputs: labels of the outputs, along the vertical axis; None numbers them.
+      axes: matplotlib axes to draw into; None makes a new figure.
 
     Returns:
-      The figure.
+      The matplotlib figure.
 
     Raises:
-      ValueError: weights that are no matrix.
+      ValueError: the weights are not a matrix.
       ImportError: matplotlib is not installed.
     """
     matrix = np.asarray(weights)

@@ -1,4 +1,4 @@
-"""Pictures of gates and memory."""
+"""Plots of gates and memory."""
 
 from __future__ import annotations
 
@@ -31,20 +31,24 @@ def plot_gates(
     units: Sequence[int] | None = None,
     labels: Sequence[str] | None = None,
 ) -> Any:
-    """Plots the gates of one row over its steps, a panel a gate.
+    """Plots the gates of one row over its steps, one panel for each gate.
+
+    Masked steps are shaded, and a dotted line marks each reset.
 
     Args:
-      trace: of one recurrence.
-      row: of the batch.
-      units: which to draw, a line each; if ``None``, all where there are at most six,
-        else the median over units and the ranges of 80 and of 100 % of them.
-      labels: of the steps, such as the symbols that were read.
+      trace: the trace of one recurrence, from :func:`trace`.
+      row: the row of the batch.
+      units: the units to draw, a line each. None draws all if there are at most six;
+        otherwise it draws the median over units and the ranges of 80 % and of 100 % of
+        them.
+      labels: labels of the steps, such as the symbols that were read; None numbers
+        them.
 
     Returns:
-      The figure.
+      The matplotlib figure.
 
     Raises:
-      ValueError: the cell has no gates; no such row or unit.
+      ValueError: the cell has no gates, or there is no such row or unit.
       ImportError: matplotlib is not installed.
     """
     trace = only(trace)
@@ -82,17 +86,17 @@ def plot_memory(
     """Plots the carry of one row as a map of units by steps.
 
     Args:
-      trace: of one recurrence.
-      name: of the memory, such as ``"c"``; the last if ``None``.
-      row: of the batch.
-      labels: of the steps.
-      axes: where to draw; a new figure if ``None``.
+      trace: the trace of one recurrence, from :func:`trace`.
+      name: the part of the carry, such as ``"c"``; None takes the last one.
+      row: the row of the batch.
+      labels: labels of the steps; None numbers them.
+      axes: matplotlib axes to draw into; None makes a new figure.
 
     Returns:
-      The figure.
+      The matplotlib figure.
 
     Raises:
-      ValueError: no such memory or row.
+      ValueError: there is no such part or row.
       ImportError: matplotlib is not installed.
     """
     trace = only(trace)
@@ -128,18 +132,18 @@ def plot_time_constants(
     *,
     axes: Any = None,
 ) -> Any:
-    """Plots how the time constants of units are distributed.
+    """Plots the distribution of the time constants of units, as a histogram.
 
     Args:
-      found: of one recurrence, or of several by label.
-      name: of the memory; the last if ``None``.
-      axes: where to draw; a new figure if ``None``.
+      found: what :func:`time_constants` returned, or several of them by label.
+      name: the part of the carry, such as ``"c"``; None takes the last one.
+      axes: matplotlib axes to draw into; None makes a new figure.
 
     Returns:
-      The figure.
+      The matplotlib figure.
 
     Raises:
-      ValueError: no such memory, or no time constant that is positive and finite.
+      ValueError: there is no such part, or no time constant is positive and finite.
       ImportError: matplotlib is not installed.
     """
     several = {"": found} if isinstance(found, TimeConstants) else dict(found)
@@ -183,7 +187,7 @@ def _check(where: str, trace: Trace, row: int) -> None:
 
 
 def _of_row(value: Any, trace: Trace, row: int) -> np.ndarray:
-    """One row as ``[T, units]``, NaN where masked; of complex numbers the modulus."""
+    """Returns one row as ``[T, units]``: NaN where masked, moduli if complex."""
     array = np.asarray(value)[row]
     array = np.abs(array) if np.iscomplexobj(array) else array.astype(np.float64)
     array = array.reshape(len(array), -1)
@@ -222,7 +226,7 @@ def _draw_units(axes: Any, values: np.ndarray, units: Sequence[int] | None) -> N
 
 
 def _mark_steps(axes: Any, trace: Trace, row: int, shade: bool = True) -> None:
-    """Marks where a fresh carry was begun from, and what is masked."""
+    """Marks where a step began from the fresh carry, and which steps are masked."""
     begins, valid = (np.asarray(flags)[row] for flags in (trace.begins, trace.valid))
     for step in np.flatnonzero(begins):
         at = step + 0.5 if trace.reverse else step - 0.5

@@ -1,4 +1,4 @@
-"""Products of the Jacobians of steps, by the derivatives of one step after another."""
+"""Products of step Jacobians, built from the derivatives of one step after another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Anchor = Literal["last", "first"]
 def check_part(
     where: str, cell: Any, params: PyTree, xs: PyTree, part: str | None
 ) -> tuple[int, ...]:
-    """Checks, and returns the places of a part in the flat carry of a row."""
+    """Checks a part of the carry; returns its indices in the flat carry of a row."""
     check_cell_field(where, cell)
     check_inputs(where, cell, xs, {})
     if not jax.tree.leaves(xs)[0].shape[1]:
@@ -44,7 +44,7 @@ def check_part(
 def _begin(
     cell: Any, params: PyTree, xs: PyTree, carry: PyTree
 ) -> tuple[Array, PyTree, Callable[[Array, PyTree], Array]]:
-    """Returns carries ``[B, N]``, inputs by step, and the way of one to the next."""
+    """Returns carries ``[B, N]``, inputs by step, and the function of one step."""
     batch = jax.tree.leaves(xs)[0].shape[0]
     fresh = cell.init_carry(params, (batch,))
     run_params, xs = prepare(cell, params, xs)
@@ -80,7 +80,7 @@ def _columns(places: tuple[int, ...], carry: Array) -> Array:
 
 
 def _wide(array: Array) -> Array:
-    """In float32 at least, of which linear algebra knows."""
+    """Widens to float32 at least, since linear algebra has no shorter dtypes."""
     return array.astype(common_dtype(array.dtype, jnp.float32))
 
 
@@ -89,7 +89,7 @@ def _logarithm(matrix: Array, scale: Array) -> Array:
 
 
 def _scaled(matrix: Array, scale: Array) -> tuple[Array, Array]:
-    """Divides matrices by their largest elements, whose logarithms join the scale."""
+    """Divides matrices by their largest elements, and moves these into the scale."""
     most = jnp.abs(matrix).max((-2, -1))
     most = jnp.where(most > 0, most, jnp.ones_like(most))
     return matrix / most[:, None, None], scale + jnp.log(most)
@@ -104,7 +104,7 @@ def norms_of_products(
     xs: PyTree,
     carry: PyTree,
 ) -> Array:
-    """Computes logarithms of the norms of products, ``[B, T]``."""
+    """Computes the logarithms of the norms of products, ``[B, T]``."""
     first, xs, step = _begin(cell, params, xs, carry)
     columns, chosen = _columns(places, first), jnp.array(places)
     scale = jnp.zeros_like(first[:, 0])
@@ -152,7 +152,7 @@ def exponents(
     """Computes Lyapunov exponents, ``[B, count]``."""
     first, xs, step = _begin(cell, params, xs, carry)
     batch, size = first.shape
-    # Not the unit vectors, of which a recurrence may never leave some.
+    # Random directions, since a recurrence may never leave some of the unit vectors.
     start = jax.random.orthogonal(jax.random.key(0), size, dtype=_wide(first).dtype)
     start = start[:, :count].astype(first.dtype)
     start = jnp.broadcast_to(start, (batch, size, count))

@@ -12,21 +12,21 @@ from jlstm import door
 from jlstm.diagnostics.canvas import PALETTE
 
 POSITIVE, NEGATIVE = PALETTE[1], PALETTE[0]
-# So much of a colour at most, that dark letters on it keep a contrast of 7 to 1.
+# The strongest mixture of a colour on which dark letters have a contrast of 7 to 1.
 MOST = 0.65
-# Marks of the plain form, from the most negative to the most positive.
+# Marks of the plain form, from the most negative numbers to the most positive.
 MARKS = "=- +#"
 SHOWN = {"\n": "↵", "\t": "→", "\r": "␍", "": "∅"}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class ColouredText:
-    """Symbols with a number each; a notebook shows it as HTML, a terminal as text.
+    """Symbols with a number each, shown as colours in a notebook and marks elsewhere.
 
     Attributes:
-      symbols: characters or words.
-      values: a number each, ``[T]``.
-      scale: the absolute value of the strongest colour.
+      symbols: the characters or words.
+      values: the number of each symbol, ``[T]``.
+      scale: the absolute value that gets the strongest colour.
     """
 
     symbols: tuple[str, ...]
@@ -35,7 +35,7 @@ class ColouredText:
 
     @property
     def html(self) -> str:
-        """A ``<pre>`` element: red above zero, blue below, the number as a tooltip."""
+        """The text as a ``<pre>`` element: red above zero, blue below."""
         parts = []
         for symbol, value in zip(self.symbols, self.values, strict=True):
             colour = background(value / self.scale)
@@ -54,7 +54,7 @@ class ColouredText:
 
     @property
     def text(self) -> str:
-        """The symbols, with a line of marks under each: ``=`` and ``-`` below zero."""
+        """The text with a line of marks under each line: ``=`` and ``-`` below zero."""
         lines, symbols, marks = [], "", ""
         for symbol, value in zip(self.symbols, self.values, strict=True):
             shown = _shown(symbol)
@@ -80,17 +80,24 @@ class ColouredText:
 def colour_text(
     symbols: Iterable[str], values: Iterable[float], *, scale: float | None = None
 ) -> ColouredText:
-    """Colours text by a number for each symbol, such as a unit's activation.
+    """Colours text by one number for each symbol, such as a unit's activation.
 
-    Everything is escaped, and the numbers can be read without colours.
+    A notebook shows red above zero and blue below, with the numbers as tooltips. A
+    terminal shows a line of marks under each line of text.
 
     Args:
-      symbols: characters or words; a string is its characters.
-      values: as many numbers.
-      scale: the absolute value of the strongest colour; the largest if ``None``.
+      symbols: characters or words; a string counts as its characters. They are escaped,
+        so text with HTML in it is safe.
+      values: one number for each symbol.
+      scale: the absolute value that gets the strongest colour. None takes the largest;
+        give the same number for texts that are to be compared.
+
+    Returns:
+      The coloured text.
 
     Raises:
-      ValueError: another number of values, or a scale that is not positive.
+      ValueError: there are more or fewer values than symbols, or the scale is not
+        positive.
 
     Example:
       >>> jlstm.diagnostics.colour_text("a(b)", [0.1, 0.9, 1.0, -0.3])
@@ -114,7 +121,7 @@ def colour_text(
 
 
 def background(part: float) -> str:
-    """Returns the colour of a number from -1 to 1; white where it is none."""
+    """Returns the colour of a number from -1 to 1; white for NaN."""
     part = float(np.nan_to_num(np.clip(part, -1, 1)))
     colour = POSITIVE if part > 0 else NEGATIVE
     channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))

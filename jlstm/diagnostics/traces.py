@@ -1,4 +1,4 @@
-"""What a trace holds: gates, carries and retention of every step."""
+"""Traces: the gates, the carries and the retention of every step."""
 
 from __future__ import annotations
 
@@ -16,34 +16,36 @@ RANGES = {"s": (0.0, 1.0), "t": (-1.0, 1.0)}
 
 @struct.dataclass
 class Trace:
-    r"""What one recurrence did over a batch; prints itself as a table.
+    r"""What one recurrence did on a batch, step by step; it prints as a table.
 
-    The retention of a unit at a step is the derivative of its new carry by its old one,
-    the recurrent product held: how much of what was there is kept,
+    The *retention* of a unit at a step says how much of its old carry the step keeps.
+    It is the derivative of the new carry with respect to the old one, with the
+    recurrent product held fixed:
 
     .. math::
         r_t = \left.\frac{\partial c_t}{\partial c_{t-1}}\right|_{zx, zh}
 
-    which is the forget gate for the ``c`` of an LSTM, and z for a GRU. Of a cell that
-    has a ``step`` alone it is the diagonal of the step's Jacobian. It is that of the
-    step itself: a boundary before it or a mask does not count.
+    For the ``c`` of an LSTM it is the forget gate, for a GRU it is z. For a cell that
+    has a ``step`` only, it is the diagonal of the step's Jacobian. It belongs to the
+    step itself: resets and masks do not change it.
 
     Attributes:
-      path: where the recurrence stands in its layer.
+      path: the path of the recurrence in its layer, such as ``"stack[0]"``.
       cell: the cell.
       reverse: whether the steps were taken from the last to the first.
-      gates: the gates by name, ``[B, T, H]``; those that a user's cell did not name are
-        ``s0``, ``t1`` and so on, by the letters of :func:`jlstm.gates`.
-      memory: the carry after each step by name, ``[B, T, H]`` or what the cell has; a
-        ``re`` and an ``im`` are one complex ``s``. Masked steps hold it.
-      retention: by the same names, of the same shape.
+      gates: the gates by name, ``[B, T, H]``. If the cell gives no names, they are
+        ``s0``, ``t1`` and so on, with the letters of :func:`jlstm.gates`.
+      memory: the carry after each step, by the names of its parts, ``[B, T, H]`` or the
+        shape of the cell. A real part ``re`` and an imaginary part ``im`` become one
+        complex ``s``. At masked steps the carry is unchanged.
+      retention: the retention, by the same names, of the same shape.
       initial: the incoming carry by the same names, ``[B, H]``.
-      carries: the carry after each step as the cell has it, ``[B, T, ...]`` each.
-      before: the carry that each step began from, in the same form.
-      outputs: ``[B, T, ...]``, zeros at masked steps.
-      valid: ``[B, T]`` booleans, false at masked steps.
-      begins: ``[B, T]`` booleans, true where a reset gave the step the fresh carry; at
-        masked steps too.
+      carries: the carry after each step in the structure of the cell, ``[B, T, ...]``.
+      before: the carry from which each step began, in the same structure.
+      outputs: the outputs ``[B, T, ...]``, zeros at masked steps.
+      valid: true at valid steps, ``[B, T]``.
+      begins: true where a reset gave the step the fresh carry, ``[B, T]``, at masked
+        steps too.
     """
 
     path: str = struct.field(pytree_node=False)
@@ -67,22 +69,22 @@ class Trace:
 
     @property
     def ranges(self) -> dict[str, tuple[float, float] | None]:
-        """Between which values each gate lies; ``None`` if that is not known."""
+        """The range of each gate by name, such as ``(0, 1)``; None if not known."""
         return {name: RANGES.get(kind) for name, kind in self.names[0]}
 
     @property
     def memory(self) -> dict[str, Array]:
-        """The carry after each step by name."""
+        """The carry after each step, by the names of its parts, ``[B, T, H]``."""
         return dict(zip(self.names[1], self.values[1], strict=True))
 
     @property
     def retention(self) -> dict[str, Array]:
-        """The derivative of each unit's carry by the one before, by name."""
+        """How much of the old carry each step keeps, by the names of its parts."""
         return dict(zip(self.names[1], self.values[2], strict=True))
 
     @property
     def initial(self) -> dict[str, Array]:
-        """The incoming carry by name, ``[B, ...]``."""
+        """The incoming carry, by the names of its parts, ``[B, ...]``."""
         return dict(zip(self.names[1], self.values[3], strict=True))
 
     def __repr__(self) -> str:
@@ -110,11 +112,15 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Traces(Mapping[str, Trace]):
-    """The traces of a layer's recurrences by path, in the order in which they ran.
+    """The traces of all recurrences in a layer, by their paths.
+
+    It is a mapping from paths such as ``"stack[0]"`` to :class:`Trace`, in the order in
+    which the recurrences ran.
 
     Attributes:
-      outputs: what the layer returned, outputs or answers.
-      carry: its final carry.
+      traces: the traces, in that order.
+      outputs: what the layer returned: its outputs, or a model's answer.
+      carry: the final carry of the layer.
     """
 
     traces: tuple[Trace, ...]

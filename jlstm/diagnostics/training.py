@@ -1,4 +1,4 @@
-"""A hook that measures gates, memory and gradients while a run goes on."""
+"""A hook that measures gates, memory and gradients during training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jlstm.types import Array, Layer, PyTree
 
 
 class Reported(Protocol):
-    """What the hook reads of a ``jlstm.train.Report``."""
+    """The part of a ``jlstm.train.Report`` that the hook reads."""
 
     step: int
     state: Any
@@ -30,7 +30,7 @@ class Reported(Protocol):
 
     @property
     def last(self) -> bool:
-        """Whether no step follows."""
+        """Whether this is the last report."""
         ...
 
 
@@ -47,37 +47,47 @@ def watch(
     prefix: str = "diagnostics/",
     plots: str | os.PathLike[str] | None = None,
 ) -> Watch:
-    """Makes a hook for ``jlstm.train.fit`` that measures a layer now and then.
+    """Makes a hook for ``jlstm.train.fit`` that measures a layer during training.
 
-    On a fixed batch, at the first report, at the first at or after each ``every`` steps
-    and at the last, it adds to the report's metrics, for each recurrence in the layer:
-    ``time_constant``, the median over units of what the last part of the carry has;
-    ``saturated``, the fraction of steps at which a gate is in the lowest or highest
-    tenth of its range; ``dead``, the fraction of dead units; and with a loss
-    ``gradient``, the mean norm of its derivative by the carry, and ``gradient_reach``,
-    that norm at the first step in parts of that at the last. Their names are like
-    ``diagnostics/stack[0]/time_constant``. List it before the hooks that write metrics.
+    It runs the layer on a fixed batch at the first report, every ``every`` steps, and
+    at the last report. For each recurrence it adds to the metrics:
+
+    - ``time_constant``: the median time constant of the units, in steps, for the last
+      part of the carry (the ``c`` of an LSTM);
+    - ``saturated``: the fraction of steps at which a gate is in the lowest or highest
+      tenth of its range;
+    - ``dead``: the fraction of units whose carry hardly changes;
+    - with a loss, ``gradient``: the mean norm of its derivative with respect to the
+      carry;
+    - with a loss, ``gradient_reach``: that norm at the first step, divided by that at
+      the last step. Values near 0 mean that gradients do not reach back.
+
+    The metrics have names such as ``diagnostics/stack[0]/time_constant``. List the hook
+    before those that write metrics.
 
     Args:
-      layer: what is trained; its params are the run's.
-      xs: a batch ``[B, T, ...]``; eight rows are enough.
-      loss: makes a number of the layer's outputs for this batch.
-      every: number of steps between measurements; one takes a few times as long as a
-        training step on that batch, the first some seconds, for compilation.
-      lengths: of the batch, as are the next two.
-      mask: as above.
-      resets: as above.
-      of: makes the layer's params of the run's, where these are more.
+      layer: the layer that is trained.
+      xs: a fixed batch of inputs ``[B, T, ...]``; eight rows are enough.
+      loss: a function of the layer's outputs on this batch that returns one number.
+        None measures no gradients.
+      every: the number of steps between two measurements. A measurement takes a few
+        times as long as a training step on that batch; the first one takes some seconds
+        to compile.
+      lengths: valid steps of each row of the batch, ``[B]``; None if all are valid.
+      mask: true at valid steps, ``[B, T]``, for padding that is not at the end.
+      resets: true where a row begins anew, ``[B, T]``; None for nowhere.
+      of: a function that takes the params of the run and returns those of ``layer``,
+        where the layer is a part of the model. None if they are the same.
       prefix: put before the names of the metrics.
-      plots: a folder where pictures are drawn at the last report, such as that of
-        ``jlstm.train.Workdir``.
+      plots: a folder in which plots are drawn at the last report, such as ``plots`` of
+        a ``jlstm.train.Workdir``; None draws none.
 
     Returns:
-      The hook, a :class:`Watch`. A run that goes on remembers what it measured.
+      The hook, a :class:`Watch`. If the run is continued, it keeps what it measured.
 
     Raises:
-      TypeError: no layer.
-      ValueError: ``every`` is not positive, or inputs that do not fit.
+      TypeError: ``layer`` is no layer.
+      ValueError: ``every`` is not positive, or the inputs do not fit.
 
     Example:
       >>> layer, xs = jlstm.RNN(jlstm.LSTM(4)), jnp.ones((2, 5, 3))
@@ -101,9 +111,10 @@ class Watch:
     """The hook that :func:`watch` makes.
 
     Attributes:
-      records: what was added to the metrics, with ``step``, in the order of steps.
-      curves: with a loss, by path, the norm of the derivative by the carry after each
-        step, mean over rows, ``[T]`` for each record.
+      records: what was added to the metrics, with ``step``, one dict for each
+        measurement.
+      curves: with a loss, for each path, one array ``[T]`` a measurement: the norm of
+        the derivative with respect to the carry after each step, averaged over rows.
     """
 
     kind = "watch"
@@ -126,7 +137,7 @@ class Watch:
         self.curves: dict[str, list[np.ndarray]] = {}
 
     def __call__(self, report: Reported) -> None:
-        """Measures, if it is time to."""
+        """Measures the layer, if it is time to."""
         before = report.step - report.window_steps
         due = report.step // self._every > before // self._every or report.last
         if (due or self._done is None) and self._done != report.step:
@@ -138,7 +149,7 @@ class Watch:
                 figure.savefig(self._plots / f"{name}.png")
 
     def measure(self, params: PyTree, step: int) -> dict[str, float]:
-        """Measures a layer's params, and keeps what it finds as of a step."""
+        """Measures the layer with the given params, and records it for a step."""
         params = params if self._of is None else self._of(params)
         traces = trace(self._layer, params, self._xs, **self._masking)
         found = _of_traces(traces)
@@ -155,7 +166,7 @@ class Watch:
         return metrics
 
     def figures(self) -> dict[str, Any]:
-        """Draws what was measured, by the name of a picture.
+        """Draws what was measured: matplotlib figures by name.
 
         Raises:
           ImportError: matplotlib is not installed.
@@ -167,12 +178,12 @@ class Watch:
         return made
 
     def get_state(self) -> dict[str, Any]:
-        """Returns what a run that goes on needs."""
+        """Returns what the hook must remember when the run is continued."""
         curves = {path: np.stack(found) for path, found in self.curves.items()}
         return {"done": self._done, "records": self.records, "curves": curves}
 
     def set_state(self, state: dict[str, Any], report: Any) -> None:
-        """Takes over what :meth:`get_state` returned."""
+        """Restores what :meth:`get_state` returned."""
         del report
         self._done, self.records = state["done"], list(state["records"])
         self.curves = {
