@@ -1,7 +1,7 @@
-"""``python -m jlstm doctor``: is what is installed here fit for long work?
+"""``python -m jlstm doctor`` checks whether this installation is fit for long runs.
 
-Each check prints a line: ``ok``, a ``note`` on what is missing but not needed, or
-``FAIL`` with what to do. The exit code is 1 if one failed.
+Each check prints one line: ``ok``, a ``note`` about something that is missing but not
+needed, or ``FAIL`` with what to do. The exit code is 1 if any check failed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 
 import jlstm
 
-# With which the tests pass, by JAX's first two numbers.
+# The versions with which the tests pass, by the first two numbers of JAX's version.
 TESTED = {"0.10": "Python 3.11", "0.12": "Python 3.12 and 3.13"}
 LEAST = {
     "jax": "0.10.1",
@@ -42,7 +42,7 @@ PATIENCE = 120  # seconds for two processes to meet
 
 
 class Failure(Exception):
-    """A check that failed, and what to do."""
+    """Raised by a check that failed, with advice."""
 
     def __init__(self, found: str, fix: str) -> None:
         super().__init__(found)
@@ -50,16 +50,16 @@ class Failure(Exception):
 
 
 class Note(Failure):
-    """Something that is missing, without harm."""
+    """Raised by a check that found something missing that is not needed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the command.
+    """The options of the command.
 
     Attributes:
-      folder: in which a checkpoint is tried.
-      processes: whether two processes are started on this machine.
+      folder: the folder in which a checkpoint is saved and loaded for a trial.
+      processes: whether to start two processes on this machine for a trial.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m jlstm doctor", description=(__doc__ or "").partition("\n\n")[2]
     )
     parser.add_argument(
-        "--dir", type=Path, default=Path(), help="where a checkpoint is tried"
+        "--dir", type=Path, default=Path(), help="folder for a trial checkpoint"
     )
     parser.add_argument(
         "--no-processes", action="store_true", help="start no other processes"
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def examine(options: Options) -> int:
-    """Runs all checks, and prints a line each.
+    """Runs all checks, and prints one line for each.
 
     Returns:
       The exit code.
@@ -103,7 +103,7 @@ def examine(options: Options) -> int:
 
 
 def check_versions(_: Options) -> str:
-    """Compares versions with what is needed, and with what is tested."""
+    """Compares versions with those that are needed and those that are tested."""
     found = {name: importlib.metadata.version(name) for name in LEAST}
     for name, least in LEAST.items():
         if _numbers(found[name]) < _numbers(least):
@@ -131,7 +131,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def check_devices(_: Options) -> str:
-    """Lists devices, and looks for a GPU that JAX does not see."""
+    """Lists the devices, and looks for a GPU that JAX does not use."""
     devices = jax.devices()
     kinds = {device.device_kind for device in devices}
     text = f"{len(devices)} of {jax.default_backend()} ({', '.join(sorted(kinds))})"
@@ -145,7 +145,7 @@ def check_devices(_: Options) -> str:
 
 
 def check_native(_: Options) -> str:
-    """Looks for the library in C++."""
+    """Looks for the C++ library."""
     from jlstm.kernels import library
 
     reason = library.why_not()
@@ -158,7 +158,7 @@ def check_native(_: Options) -> str:
 
 
 def check_extras(_: Options) -> str:
-    """Looks for what experiments need."""
+    """Looks for the packages that experiments need."""
     absent = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if absent:
         raise Note(
@@ -168,7 +168,7 @@ def check_extras(_: Options) -> str:
 
 
 def check_lstm(_: Options) -> str:
-    """Compares an LSTM and its gradient with NumPy."""
+    """Compares the outputs and gradients of an LSTM with NumPy."""
     size, steps, rows = 16, 9, 4
     rng = np.random.default_rng(0)
     xs = rng.normal(size=(rows, steps, 5))
@@ -256,7 +256,7 @@ def lstm(
 
 
 def check_checkpoint(options: Options) -> str:
-    """Saves, damages, and loads a checkpoint."""
+    """Saves a checkpoint, loads it, damages it, and loads it again."""
     from jlstm import train
 
     try:
@@ -294,12 +294,12 @@ def check_checkpoint(options: Options) -> str:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """Lists a folder and its parents, as far as they are not there."""
+    """Lists those of a folder and its parents that do not exist."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def check_disk(options: Options) -> str:
-    """Looks for room."""
+    """Looks for free space on the disk."""
     existing = next(p for p in (options.folder, *options.folder.parents) if p.exists())
     if not existing.is_dir():
         raise Failure(f"{existing} is no folder", "choose another --dir")
@@ -311,7 +311,7 @@ def check_disk(options: Options) -> str:
 
 
 def check_processes(options: Options) -> str:
-    """Lets two processes of this machine add their numbers."""
+    """Starts two processes on this machine and lets them add their numbers."""
     if not options.processes:
         raise Note("not tried", "leave out --no-processes")
     with socket.socket() as free:
@@ -348,7 +348,7 @@ def check_processes(options: Options) -> str:
 
 
 def _peer(port: str, index: int) -> None:
-    """One of two processes: adds its number to the other's."""
+    """Is one of the two processes: adds its number to that of the other."""
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
     from jax.experimental import multihost_utils
 

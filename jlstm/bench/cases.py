@@ -1,4 +1,4 @@
-"""What is timed: suites, sizes, inputs, and a cell as a user would write it."""
+"""The suites: what is timed, at which sizes, and a cell as a user would write it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["layer", "step", "language"]
 
 
 class Size(NamedTuple):
-    """Steps, rows, features of the input, hidden size."""
+    """The size of one case: steps, rows, input features, hidden units."""
 
     T: int
     B: int
@@ -68,30 +68,33 @@ JAX_PEERS = (
     "keras",
 )
 PEERS = ("torch", *JAX_PEERS)
-# Packages that must be there, by the first part of a peer's name.
+# The packages that peers need, by the first part of their names.
 PACKAGES = {"nnx": "flax", "linen": "flax"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """One table.
+    """One suite, which becomes one table.
 
     Attributes:
-      about: its caption.
-      kind: which program is timed.
-      sizes: of the rows; others may be asked for if ``resizable``.
+      about: the caption of the table.
+      kind: the program that is timed: ``"layer"``, ``"step"`` or ``"language"``.
+      sizes: the sizes, one for each row of the table. If the suite is ``resizable``,
+        the command line may name others.
       cell: ``"lstm"``, ``"gru"`` or ``"mgu"``.
-      train: times gradients with respect to params and inputs, or outputs alone.
-      bidirectional: two layers in both directions over rows of different lengths.
-      compile_only: starts a process a round, and takes the time that it compiles.
-      shows_memory: notes the temporary memory that XLA reserves.
-      vocab_size: of a language model.
-      num_layers: of a language model.
-      variants: of jlstm that can take part.
-      peers: that can take part.
-      references: by which the times are divided: ``"torch"``, ``"jax"`` (the fastest
+      train: whether to time gradients with respect to params and inputs; otherwise only
+        the outputs are computed.
+      bidirectional: whether to time two bidirectional layers on rows of different
+        lengths, instead of one layer.
+      compile_only: whether to time the compilation, in a new process for each round.
+      shows_memory: whether to note the temporary memory that XLA reserves.
+      vocab_size: the vocabulary of a language model.
+      num_layers: the layers of a language model.
+      variants: the variants of jlstm that can take part.
+      peers: the other libraries that can take part.
+      references: what the times are compared with: ``"torch"``, ``"jax"`` (the fastest
         other JAX library) or a variant.
-      least_calls: of one measurement.
+      least_calls: the least number of calls in one measurement.
     """
 
     about: str
@@ -111,7 +114,7 @@ class Suite:
 
     @property
     def resizable(self) -> bool:
-        """Whether a case of any size makes sense."""
+        """Whether the command line may choose other sizes."""
         return self.kind == "layer"
 
     def takes(self, worker: str, size: Size) -> bool:
@@ -186,7 +189,7 @@ SUITES = {
 
 @struct.dataclass
 class MGUParams:
-    """Weights of a minimal gated unit; the forget gate, then the candidate."""
+    """The weights of a minimal gated unit: forget gate first, then the candidate."""
 
     w_ih: jax.Array  # [D, 2H]
     w_hh: jax.Array  # [H, 2H]
@@ -195,7 +198,7 @@ class MGUParams:
 
 @jlstm.config
 class MGU:
-    r"""Minimal gated unit with the gate after the recurrent product.
+    r"""A minimal gated unit whose gate comes after the recurrent product.
 
     .. math::
         f &= \sigma(x W_{ih}^f + h W_{hh}^f + b^f) \\

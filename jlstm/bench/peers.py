@@ -1,4 +1,4 @@
-"""Other libraries in their best documented configuration, each imported when asked."""
+"""Other libraries in their best documented configuration, imported when needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jlstm.bench.program import (
 
 
 def installed(peer: str) -> bool:
-    """Tells whether the package of a peer is there, without importing it."""
+    """Tells whether the package of a peer is installed, without importing it."""
     first = peer.partition("-")[0]
     return importlib.util.find_spec(PACKAGES.get(first, first)) is not None
 

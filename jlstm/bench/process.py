@@ -1,4 +1,4 @@
-"""The options of a run, its environment, and the processes that it starts."""
+"""The options of a benchmark, its environment, and the processes that it starts."""
 
 from __future__ import annotations
 
@@ -34,28 +34,30 @@ PACKAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Options of ``python -m jlstm bench``; names are separated by commas."""
+    """Options of ``python -m jlstm bench``; lists of names are separated by commas."""
 
     suite: str = "lstm-train"
-    """Suites, or all."""
+    """Suites to run, or all."""
     variants: str = ",".join(VARIANTS)
-    """Of jlstm: the plain scan, the fused loop without C++, with it, and others."""
+    """Loops of jlstm: scan (plain), xla (fused, without C++), one (fused), two (fused,
+    on two virtual devices), native, checkpoint (the default, with less memory)."""
     peers: str = ",".join(PEERS)
-    """Other libraries; those that are not installed are left out."""
+    """Other libraries to compare with; those that are not installed are left out."""
     sizes: tuple[str, ...] = ()
-    """Each T,B,D,H; by default those of the suite."""
+    """Sizes T,B,D,H (steps, rows, input features, hidden units); by default those of
+    the suite."""
     rounds: int = 7
-    """Measurements of each library; odd, for a median that was measured."""
+    """Rounds, in each of which every library is measured once; an odd number."""
     seconds: float = 0.3
-    """Least time of a measurement."""
+    """Least time of one measurement, in seconds."""
     threads: int = 2
-    """Of each library."""
+    """Threads of each library."""
     malloc: Literal["default", "big"] = "default"
-    """Of glibc, for all libraries alike; big keeps large blocks that were freed."""
+    """Settings of glibc's malloc, for all libraries; big keeps large freed blocks."""
     out: Path | None = None
-    """Folder for bench.json and bench.png; suites already there are kept."""
+    """Folder for bench.json and bench.png; other suites in bench.json are kept."""
     summary: bool = False
-    """Prints the ratios of the results in --out, and times nothing."""
+    """Print the ratios of the results in --out, and time nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Worker:
     def start(
         cls, name: str, suite: str, size: Size, config: Config
     ) -> Iterator[Worker]:
-        """Starts it, and ends it afterwards."""
+        """Starts the process, and ends it afterwards."""
         order = {
             "suite": suite,
             "worker": name,
@@ -93,7 +95,7 @@ class Worker:
                 process.kill()
 
     def ask(self, word: str = "") -> dict[str, Any]:
-        """Sends a word, if any, and returns the answer, or why there is none."""
+        """Sends a word, if any; returns the answer, or the reason why there is none."""
         process = self.process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -110,7 +112,7 @@ class Worker:
 
 
 def _reason(errors: str, code: int) -> str:
-    """Takes the exception out of what a process wrote before it ended."""
+    """Finds the exception in what a process wrote before it ended."""
     lines = [line for line in errors.splitlines() if line and not line[0].isspace()]
     named = [line for line in lines if line.partition(":")[0].endswith("Error")]
     last = (named or lines or ["no message"])[-1]
@@ -120,7 +122,7 @@ def _reason(errors: str, code: int) -> str:
 def worker_environment(config: Config) -> dict[str, str]:
     """Makes the environment of all workers, the same for every library."""
     threads = str(config.threads)
-    # NPROC is what XLA's CPU client reads. Compiling must not be read from a cache.
+    # XLA's CPU client reads NPROC. Compiled programs must not come from a cache.
     own = {"OMP_NUM_THREADS": threads, "NPROC": threads, "KERAS_BACKEND": "jax"}
     own["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     here = str(Path(__file__).parents[2])
@@ -130,7 +132,7 @@ def worker_environment(config: Config) -> dict[str, str]:
 
 
 def environment(config: Config | None = None) -> dict[str, Any]:
-    """Collects what times depend on."""
+    """Collects what times depend on: versions, processor, load, options."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

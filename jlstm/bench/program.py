@@ -1,4 +1,4 @@
-"""Inputs, what a worker times, and the one way in which JAX libraries are run."""
+"""The inputs of a case, the programs that are timed, and how JAX libraries are run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jlstm.bench.cases import Size, Suite
 
 Call = Callable[[], Any]
-# (params, xs [B, T, D], lengths [B] where there are any) -> ys
+# A function (params, xs [B, T, D], lengths [B] if there are any) -> ys.
 Apply = Callable[..., jax.Array]
 
 
 class Refused(Exception):
-    """A variant that cannot run here, as it says."""
+    """Raised for a variant that cannot run here; the message says why."""
 
 
 class Inputs(NamedTuple):
-    """Arrays of one case, the same for every worker."""
+    """The arrays of one case, the same for every worker."""
 
     xs: np.ndarray  # [B, T, D]
     cotangent: np.ndarray  # [B, T, H], with both directions [B, T, 2H]
@@ -53,11 +53,11 @@ def make_tokens(suite: Suite, size: Size, count: int = 16) -> list[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Calls that return when their work is done.
+    """The functions of a worker that are timed; each returns when its work is done.
 
     Attributes:
-      calls: ``"call"`` is the whole; others are parts of it.
-      facts: numbers about it, such as ``compile_s``.
+      calls: ``"call"`` is the whole program; others are parts of it.
+      facts: numbers about the program, such as ``compile_s``.
     """
 
     calls: dict[str, Call]
@@ -65,7 +65,7 @@ class Program:
 
 
 def median_ms(call: Call, seconds: float, least: int) -> float:
-    """Calls for some time, and at least so often; returns the median of one call."""
+    """Calls for some time, and at least ``least`` times; returns the median time."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:
@@ -78,9 +78,9 @@ def median_ms(call: Call, seconds: float, least: int) -> float:
 def layer_program(
     apply: Apply, params: Any, inputs: Inputs, *, train: bool, devices: int = 1
 ) -> Program:
-    """Compiles a layer's outputs, or their gradients by params and inputs.
+    """Compiles the outputs of a layer, or their gradients by params and inputs.
 
-    Over several devices rows are shared, params repeated, and their gradients summed.
+    Several devices share the rows; each has all params, whose gradients are summed.
     """
     batch = tuple(leaf for leaf in (inputs.xs, inputs.lengths) if leaf is not None)
 

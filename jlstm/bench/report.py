@@ -1,4 +1,4 @@
-"""From the times of rounds to ratios, a table and a plot."""
+"""Turns the times of rounds into ratios, tables and a plot."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def merge(results: Mapping[str, Any], suite: str, entry: Any) -> dict[str, Any]:
-    """Replaces one suite, and keeps the others."""
+    """Replaces the results of one suite, and keeps the others."""
     return {**results, "suites": {**results["suites"], suite: entry}}
 
 
 def times(workers: Mapping[str, Any], name: str) -> list[float] | None:
-    """Returns a worker's milliseconds by round, or ``None`` if it has none."""
+    """Returns the times of a worker in milliseconds, by round, or ``None``."""
     rounds = workers.get(name, {}).get("rounds")
     return [times["call"] for times in rounds] if rounds else None
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """Divides round by round, and returns the median: above 1, ours is faster."""
+    """Divides round by round, and returns the median; above 1, ours is faster."""
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Averages ratios."""
+    """Averages ratios by their geometric mean."""
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
@@ -71,7 +71,7 @@ def versus(workers: Mapping[str, Any], variant: str, reference: str) -> float | 
 
 
 def table(name: str, entry: Mapping[str, Any]) -> str:
-    """Writes a suite as a Markdown table, with what went wrong beneath."""
+    """Writes a suite as a Markdown table, with notes on what went wrong."""
     suite = SUITES[name]
     cases = [(Size(*case["size"]), case["workers"]) for case in entry["cases"]]
     seen = {
@@ -133,9 +133,10 @@ REFERENCES = {
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """Writes how many times faster each loop is, a row a suite and what it is held to.
+    """Writes how many times faster each loop is, as a Markdown table.
 
-    Ratios are geometric means over the sizes of a suite.
+    A row is a suite and what it is compared with. Ratios are geometric means over the
+    sizes of the suite.
     """
     lines = [["", *TITLES.values()], ["---", *["---:"] * len(TITLES)]]
     suites = {name: SUITES[name] for name in SUITES if name in results["suites"]}
@@ -158,7 +159,7 @@ def summary(results: Mapping[str, Any]) -> str:
 
 def _mean(ratios: Sequence[float | None]) -> str:
     found = [ratio for ratio in ratios if ratio is not None]
-    # A mean over some of the sizes is not to be compared with one over all.
+    # A mean over some of the sizes cannot be compared with one over all.
     return f"{geometric_mean(found):.2f}" if len(found) == len(ratios) else ""
 
 
@@ -177,7 +178,7 @@ def _ms(workers: Mapping[str, Any], name: str) -> str:
 
 
 def _notes(suite: Suite, cases: Sequence[tuple[Size, Mapping[str, Any]]]) -> list[str]:
-    """Writes a line for everything that has no column."""
+    """Writes a line for everything that has no column in the table."""
     notes: dict[str, None] = {}
     for size, workers in cases:
         for name, result in workers.items():
@@ -204,7 +205,7 @@ def _details(
     return [f"{name} at {size}: {', '.join(details)}"] if details else []
 
 
-# Of jlstm strong, of others pale.
+# Strong colours for jlstm, pale ones for others.
 COLOURS = {
     "scan": "#88ccee",
     "xla": "#ddcc77",
@@ -216,7 +217,7 @@ MARKERS: dict[str, str] = dict(zip(JAX_PEERS, "ovsP^Xd*", strict=True))
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Draws speeds relative to PyTorch, one panel a suite and one row a size."""
+    """Draws speeds relative to PyTorch: a panel for each suite, a row for each size."""
     suites = {
         name: entry["cases"]
         for name, entry in results["suites"].items()

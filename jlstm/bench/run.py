@@ -1,7 +1,7 @@
-"""The parent: starts a process a library, and measures them in turn, round by round.
+"""The command: starts a process for each library, and measures them in turn.
 
-All processes inherit one set of cores. The report takes the ratios of each round, so
-that a slow minute of the machine meets all libraries alike.
+All processes run on the same cores. Ratios are taken within each round, so that a slow
+minute of the machine affects all libraries alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jlstm.train.files import write_json
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A config whose names were checked."""
+    """A config whose names and numbers were checked."""
 
     suites: dict[str, tuple[Size, ...]]
     workers: tuple[str, ...]
@@ -87,10 +87,13 @@ def _names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measures, prints a table a suite, and writes ``bench.json`` and ``bench.png``.
+    """Measures the suites of a config.
+
+    It prints a table for each suite and, with ``out``, writes ``bench.json`` and
+    ``bench.png``.
 
     Returns:
-      What ``bench.json`` holds.
+      The content of ``bench.json``.
     """
     plan = make_plan(config)
     file = None if config.out is None else config.out / "bench.json"
@@ -157,7 +160,7 @@ def _measure(
 def _compile_times(
     suite: str, size: Size, names: Sequence[str], config: Config
 ) -> dict[str, Any]:
-    """Starts each worker once a round, for the time that it compiles."""
+    """Starts each worker once a round, and takes the time that it needs to compile."""
     results: dict[str, Any] = {}
     for _ in range(config.rounds):
         for name in names:

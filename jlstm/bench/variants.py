@@ -1,4 +1,4 @@
-"""jlstm as it is timed: its implementations, on one device or two."""
+"""The variants of jlstm that are timed: its loops, on one device or two."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make_program(name: str, suite: Suite, size: Size) -> Program:
     variant, cell = VARIANTS[name], CELLS[suite.cell](size.H)
     if not variant.library:  # read when it is first asked for
         os.environ["JLSTM_NATIVE"] = "0"
-    # Read when JAX first touches a device.
+    # JAX reads it when it first uses a device.
     jax.config.update("jax_num_cpu_devices", variant.devices)
     if variant.implementation is not None:
         try:
@@ -121,7 +121,7 @@ def _step(variant: Variant, cell: Any, suite: Suite, size: Size) -> Program:
 
 
 def _language(variant: Variant, cell: Any, suite: Suite, size: Size) -> Program:
-    """A training step of a language model, and the parts that it is made of."""
+    """Makes a training step of a language model, and the parts that it consists of."""
     body = _body(variant, cell, suite)
     model = jlstm.LanguageModel(body, suite.vocab_size, embed_size=size.D)
     batches = make_tokens(suite, size)
@@ -160,11 +160,11 @@ def _parts(
     suite: Suite,
     size: Size,
 ) -> dict[str, Call]:
-    """Times alone what a training step consists of."""
+    """Makes the parts of a training step, to be timed by themselves."""
     inputs = make_inputs(suite, size)
     recurrent = layer_program(_apply(model.body), params.body, inputs, train=True)
 
-    # A body that hands its input on leaves the embedding and the softmax.
+    # With a body that does nothing, only the embedding and the softmax are left.
     outside = dataclasses.replace(model, body=jlstm.Dropout(0.0))
     outside_params = dataclasses.replace(params, body=())
 
@@ -178,7 +178,7 @@ def _parts(
         return jax.grad(loss)(params)
 
     state = train.create_state(params, tx)
-    # As in a training step, the new state takes the memory of the old one.
+    # As in a training step, the new state reuses the memory of the old one.
     held = (state.params, state.opt_state)
 
     @jax.jit(donate_argnums=0)

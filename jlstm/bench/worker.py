@@ -1,8 +1,8 @@
-"""The process of one library in one case: compiles, then measures when told.
+"""The process of one library in one case: compiles, then measures when told to.
 
-It is started with a JSON object as its argument, and writes JSON lines: first that it
-is ready, then, for each line that it reads, the times of one round. While others are
-measured it blocks on its input. No JAX device is touched where PyTorch is timed.
+Its argument is a JSON object. It writes JSON lines: first that it is ready, then the
+times of one round for each line that it reads. While other workers are measured, it
+waits for input. A worker that times PyTorch uses no JAX device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WARM_UP = 2
 
 def main(argument: str) -> None:
     """Serves one case until its input ends."""
-    # Libraries may print; the lines of the protocol go where they cannot.
+    # Libraries may print to stdout, so the answers go to a copy of it.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
