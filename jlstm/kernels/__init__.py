@@ -1,21 +1,22 @@
-"""One sequence, one cell: interchangeable loops, each tested against ``scan``.
+"""Loops: interchangeable ways to run one cell over one sequence.
 
-A kernel is a module, or an object, with ``unroll``, of the signature of
-:func:`jlstm.kernels.scan.unroll`, and ``why_not(cell, request)``, which gives the
-reason why it cannot run a cell as a :class:`Request` asks, or ``None``. It may have
-``note(cell, request, xs)``, for :func:`jlstm.explain`.
+A loop is a module or an object with two functions. ``unroll`` has the signature of
+:func:`jlstm.kernels.scan.unroll`, the reference with which the tests compare every
+loop. ``why_not(cell, request)`` returns ``None`` if the loop can run the cell as a
+:class:`Request` asks, and otherwise the reason why not. A loop may also have
+``note(cell, request, xs)``, a remark for :func:`jlstm.explain`.
 """
 
 from jlstm.kernels import associative, cudnn, fused, mlstm, native, scan
 from jlstm.kernels.request import Request
 
-# In the order in which they are chosen where none is named. What stands after "scan",
-# which always can, runs where it is named alone. On two cores of a CPU, by
-# tests/parallel_forms.py, "chunkwise" was 1.2 to 1.7 times as fast as "fused" forward,
-# and 1.5 to 2.6 times with a gradient; "associative" was 0.4 to 1.5 times as fast
-# forward, and 0.4 to 1.1 times with a gradient. None of the three has run on a GPU or a
-# TPU, where "associative" should win if T is large: measure it there before it is a
-# default.
+# In the order in which they are tried if none is named. "scan" can run every cell, so
+# the loops after it run only if they are named. On two cores of a CPU, measured by
+# tests/parallel_forms.py, "chunkwise" was 1.2 to 1.7 times as fast as "fused" without a
+# gradient, and 1.5 to 2.6 times with one; "associative" was 0.4 to 1.5 times as fast
+# without, and 0.4 to 1.1 times with one. "chunkwise", "associative" and "parallel" have
+# not run on a GPU or a TPU, where "associative" should win if T is large: measure it
+# there before making it a default.
 IMPLEMENTATIONS = {
     "native": native,
     "chunkwise": mlstm.CHUNKWISE,

@@ -1,4 +1,4 @@
-"""Whether the carry after a step is affine in the carry before, element by element."""
+"""Tests whether a new carry is affine in the old one, element by element."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jlstm.kernels import blocks
 from jlstm.kernels.graph import called
 from jlstm.types import Array, PyTree, is_inexact
 
-# What is affine in all its arguments, where no shape changes; and of products, where
-# the one argument may stand that depends on the carry.
+# Operations that are affine in all their arguments as long as no shape changes; and
+# products, with the arguments that may depend on the carry, one at a time.
 SUMS = ("add", "sub", "add_any", "neg", "copy", "copy_p", "reduce_precision")
 SUMS += ("reshape", "broadcast_in_dim", "convert_element_type")
 FACTORS = {"mul": (0, 1), "div": (0,)}
 
 
 class NotAffine(Exception):
-    """A carry that is not affine in the one before; the message says why."""
+    """Raised for a carry that is not affine in the one before; says why."""
 
 
 class Found(NamedTuple):
@@ -38,8 +38,8 @@ def why_not(cell: Any, inputs: tuple | None) -> str | None:
 
     Args:
       cell: a gated cell.
-      inputs: as :class:`jlstm.kernels.Request` has them; those of eight features if
-        ``None``.
+      inputs: the structure, shapes and dtypes of the inputs, as in
+        :class:`jlstm.kernels.Request`; ``None`` assumes eight features.
     """
     features = (8,) * getattr(cell, "x_ndim", 1)
     xs = jax.ShapeDtypeStruct((2, 2, *features), jnp.float32)
@@ -63,15 +63,17 @@ def why_not(cell: Any, inputs: tuple | None) -> str | None:
 
 
 def pairs(cell: Any, params: PyTree, carry: PyTree, x: PyTree) -> list:
-    """Finds which leaves of a carry come from which, directly or over some steps.
+    """Finds which leaves of a new carry depend on which leaves of an earlier one.
 
-    Of the arguments, those of a step, only shapes and dtypes count.
+    The dependence may be direct, or over several steps. The arguments are those of one
+    step; only their shapes and dtypes count.
 
     Returns:
-      Pairs ``(after, before)`` of the numbers of leaves, each leaf with itself.
+      Pairs ``(after, before)`` of the indices of leaves; each leaf is paired with
+      itself too.
 
     Raises:
-      NotAffine: naming the first operation that is not affine, or that joins elements.
+      NotAffine: naming the first operation that is not affine, or that mixes elements.
     """
     leaves = jax.tree.leaves(carry)
     if not all(map(is_inexact, leaves)):
@@ -117,7 +119,7 @@ def _read(jaxpr: Any, given: list[Found]) -> list[Found]:
         if inner is not None:
             made = _read(inner[0], args)
         else:
-            # A problem is handed on, since the carry may not depend on the result.
+            # Not raised yet: the carry may not depend on this result.
             problem = _problem(eqn, [bool(arg.leaves) for arg in args])
             problem = problems[0] if problems else problem
             made = [Found(leaves, problem)] * len(eqn.outvars)

@@ -1,20 +1,21 @@
-r"""The loop of a recurrence that is linear, taken as a tree of products.
+r"""The loop of a linear recurrence, computed in parallel by an associative scan.
 
-Where ``mix`` has nothing to do and ``update`` is affine in the carry, element by
-element, a step is :math:`s_t = a_t \odot s_{t-1} + b_t`, and two steps are one such
-step:
+If ``mix`` returns nothing and ``update`` is affine in the carry, element by element, a
+step is :math:`s_t = a_t \odot s_{t-1} + b_t`. Two such steps combine into one:
 
 .. math::
     (a_1, b_1) \circ (a_2, b_2) = (a_2 \odot a_1,\; a_2 \odot b_1 + b_2)
 
-so that ``lax.associative_scan`` finds all carries of a block of steps in a number of
-turns that grows as the logarithm of the block. A reset is a step that keeps nothing of
-those before, be they finite or not. :math:`b_t` is ``update`` of a carry of
-zeros and :math:`a_t` its derivative; where leaves of a carry read each other, as a real
-and an imaginary part do, the :math:`a_t` of an element is a small matrix. The outputs
-are ``update`` once more, of the carries before each step.
+This operation is associative, so ``lax.associative_scan`` finds all carries of a block
+of steps in a number of rounds that grows with the logarithm of the block. A reset is a
+step that keeps nothing of the carry before, even if that is not finite.
 
-Differentiated by JAX, in every mode.
+:math:`b_t` is ``update`` applied to a carry of zeros, and :math:`a_t` is its
+derivative. If leaves of the carry depend on each other, as a real and an imaginary part
+do, the :math:`a_t` of an element is a small matrix. The outputs come from applying
+``update`` once more, to the carries before each step.
+
+JAX differentiates this loop, in every mode.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ from jlstm.kernels import affine, blocks, fused, scan
 from jlstm.kernels.request import Request, may_be_sharded
 from jlstm.types import Array, Cell, PyTree, where_rows, zero_rows
 
-# The carries of a block take about so many bytes: on a CPU they stay in its caches. No
+# The bytes that the carries of a block take: on a CPU they then stay in its caches. No
 # other platform was measured.
 BYTES = {"cpu": 1 << 18}
 ELSEWHERE = 1 << 25
 
-Factors = dict[tuple[int, int], Array]  # by the leaf after and the leaf before
-Step = tuple[Factors, list[Array], Array | None]  # and whether it begins anew
+Factors = dict[tuple[int, int], Array]  # by (leaf after, leaf before)
+Step = tuple[Factors, list[Array], Array | None]  # the last: whether it begins anew
 
 
 def why_not(cell: Cell, request: Request) -> str | None:
     """Says why this loop cannot run a cell, or ``None`` if it can.
 
-    That depends on shapes; if the inputs are not known, those of eight features are
-    assumed.
+    The answer depends on the shapes of the inputs; if they are not known, eight
+    features are assumed.
     """
     if (reason := fused.why_not(cell, request)) is not None:
         return reason
@@ -93,7 +94,7 @@ def unroll(
         return cell.update(params, carry, zx, cell.mix(params, carry, zx))
 
     def linear(params: PyTree, step: tuple) -> tuple[Factors, list[Array]]:
-        """The factors of a step by one JVP for each leaf, and its summands."""
+        """Finds the factors of a step by one JVP for each leaf, and its summands."""
         zeros, zx = jax.tree.leaves(step[0]), step[1]
         columns, summands = [], zeros
         for j, leaf in enumerate(zeros):
@@ -151,7 +152,7 @@ def _block_size(carry: PyTree) -> int:
 
 
 def _apply(factors: Factors, summands: list[Array], carry: list[Array]) -> list[Array]:
-    """Takes a step, or a step of many."""
+    """Applies one step, or several combined ones, to a carry."""
     made = list(summands)
     for (i, j), factor in factors.items():
         made[i] = made[i] + factor * carry[j]
@@ -159,7 +160,7 @@ def _apply(factors: Factors, summands: list[Array], carry: list[Array]) -> list[
 
 
 def _then(first: Step, second: Step) -> Step:
-    """Two steps as one."""
+    """Combines two steps into one."""
     factors, summands, anew = second
     made: Factors = {}
     for (i, k), left in factors.items():
@@ -174,7 +175,7 @@ def _then(first: Step, second: Step) -> Step:
 
 
 def _before(reverse: bool, carries: list[Array], first: list[Array]) -> list[Array]:
-    """The carries before each step, of those after."""
+    """Returns the carries before each step, given those after each step."""
     if reverse:
         pairs = [(a[1:], b[None]) for a, b in zip(carries, first, strict=True)]
     else:
@@ -190,9 +191,9 @@ def _solve(
     summands: list[Array],
     first: list[Array],
 ) -> list[Array]:
-    """The carries after each step, of the one before all of them."""
+    """Returns the carries after each step, given the one before all of them."""
     start = -1 if reverse else 0
-    # What the first step makes of the carry goes to its summand.
+    # The effect of the incoming carry on the first step is added to its summand.
     at_start = [leaf[start] for leaf in summands]
     begun = _apply({ij: leaf[start] for ij, leaf in factors.items()}, at_start, first)
     if reset is not None:
@@ -207,7 +208,7 @@ def _solve(
 
 @_solve.defjvp
 def _solve_jvp(reverse: bool, primals: tuple, tangents: tuple) -> tuple:
-    # JAX's own would take the tangents of all products of factors.
+    # JAX's own rule would also compute the tangents of all products of factors.
     reset, factors, _, first = primals
     _, dfactors, dsummands, dfirst = tangents
     carries = _solve(reverse, *primals)

@@ -1,4 +1,4 @@
-"""A sequence cut into blocks of steps."""
+"""Helpers that cut a sequence into blocks of steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jlstm.types import Array, PyTree
 
 
 class Segment(NamedTuple):
-    """Blocks of equal size; a sequence has one, or a second of one shorter block."""
+    """Some blocks of equal size; a sequence has one segment, or a second, short one."""
 
     start: int
     blocks: int
@@ -21,7 +21,7 @@ class Segment(NamedTuple):
 
 
 def segments(time: int, size: int) -> list[Segment]:
-    """Cuts T into blocks of ``size`` steps, the last one shorter if need be."""
+    """Cuts T steps into blocks of ``size`` steps, the last one shorter if need be."""
     count, rest = divmod(time, size)
     found = [Segment(0, count, size), Segment(count * size, 1, rest)]
     return [segment for segment in found if segment.blocks * segment.steps]
@@ -36,10 +36,10 @@ def near_divisor(time: int, size: int) -> int:
 
 
 class Place(NamedTuple):
-    """Where a block is."""
+    """The place of a block in the sequence."""
 
     start: Any  # its first step
-    number: Any  # of blocks before it
+    number: Any  # how many blocks come before it
 
 
 def over_blocks(
@@ -53,9 +53,9 @@ def over_blocks(
 ) -> tuple[PyTree, PyTree]:
     """Runs ``block(state, part of read, place) -> (state, part of written)``.
 
-    Blocks are cut out of batch-major arrays and written back into such, so that no
-    array of the length of the sequence is ever transposed; if a loop wants that, it
-    transposes a block at a time.
+    Blocks are cut out of batch-major arrays and written back into batch-major arrays,
+    so no array as long as the sequence is ever transposed. A loop that needs time-major
+    arrays transposes one block at a time.
     """
     numbers = [0, *itertools.accumulate(cut.blocks for cut in cuts)]
     for each, number in list(zip(cuts, numbers, strict=False))[:: -1 if reverse else 1]:
@@ -82,7 +82,7 @@ def scan_blocks(
 ) -> tuple[PyTree, PyTree]:
     """Runs ``block(carry, inputs) -> (carry, outs)`` over time-major blocks.
 
-    Unlike :func:`over_blocks`, it is differentiated by JAX.
+    Unlike :func:`over_blocks`, this function can be differentiated by JAX.
     """
     order = -1 if reverse else 1
     time = jax.tree.leaves(inputs)[0].shape[0]
@@ -110,11 +110,11 @@ def scan_blocks(
 def over_steps(
     fun: Callable, params: PyTree, steps: PyTree, axis: int, *, sharded: bool
 ) -> PyTree:
-    """Applies ``fun(params, step)`` to the steps of a block, as one batch if it can.
+    """Applies ``fun(params, step)`` to the steps of a block, as one batch if possible.
 
-    A gradient that contracts two axes, ``[T, B, D]``, is twice as slow on a CPU as one
-    that contracts ``[T * B, D]``. Params that differ by row forbid it, and so does a
-    batch that lies on several devices.
+    On a CPU, a gradient that contracts two axes ``[T, B, D]`` takes twice as long as
+    one that contracts ``[T * B, D]``. The axes cannot be merged if params differ by row
+    or the batch lies on several devices.
     """
     lead = jax.tree.leaves(steps)[0].shape[:2]
 
@@ -132,8 +132,8 @@ def over_steps(
     return jax.vmap(fun, in_axes=(None, axis), out_axes=axis)(params, steps)
 
 
-# Parts of the leaves of a tree, along one axis. What would be computed for negative
-# indices keeps XLA from vectorising on a CPU.
+# These functions read and write parts of the leaves of a tree, along one axis. Without
+# support for negative indices, XLA vectorises them on a CPU.
 _INDEX: dict[str, Any] = {"allow_negative_indices": False}
 
 

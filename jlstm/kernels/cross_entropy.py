@@ -1,7 +1,7 @@
-"""The cross-entropy of a projection and its gradients, in C++.
+"""The cross-entropy of a linear layer and its gradients, in C++.
 
-Logits of a few hundred rows are kept where they are made, beside the gradients of the
-weights of their classes, which each thread takes some of.
+The logits of a few hundred rows stay in memory, beside the gradients of the weights of
+their classes. The threads share the classes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from jlstm.kernels import library, product
 from jlstm.kernels.request import Request, may_be_sharded
 from jlstm.types import Array
 
-# Of fewer multiplications XLA has the sum before another core has begun.
+# With fewer multiplications, XLA is done before a second core has begun.
 FEW = 1 << 20
 
 
 def why_not(features: Array, w: Array) -> str | None:
-    """Says why XLA computes the cross-entropy, or ``None`` if it is computed here."""
+    """Says why XLA computes the cross-entropy, or ``None`` if C++ does."""
     dtypes = frozenset({str(features.dtype), str(w.dtype)})
     request = Request(jax.default_backend(), dtypes, sharded=may_be_sharded())
     if dtypes != {"float32"} or features.size * w.shape[1] < FEW:
@@ -37,7 +37,7 @@ def loss(
 def loss_and_gradients(
     smoothing: float, w: Array, b: Array, features: Array, labels: Array, valid: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Sums the cross-entropy of rows.
+    """Sums the cross-entropy over rows, and computes its gradients.
 
     Args:
       smoothing: the weight of the uniform distribution.
@@ -48,7 +48,8 @@ def loss_and_gradients(
       valid: ``[...]``, boolean.
 
     Returns:
-      The sum over valid rows, and its gradients by ``w``, ``b`` and ``features``.
+      The sum over valid rows, and its gradients with respect to ``w``, ``b`` and
+      ``features``.
     """
     loss, dfeatures, dw, db = _call(
         smoothing, w, b, features, labels, valid, gradients=True

@@ -1,21 +1,22 @@
 r"""The loop of an LSTM in cuDNN, on a CUDA GPU.
 
-It calls ``jax.experimental.rnn.lstm``, which has our order of gates, weights transposed
-to ours, and two biases:
+It calls ``jax.experimental.rnn.lstm``, which has the same order of gates, transposed
+weights, and two biases:
 
 .. math::
     z = x W_{ih}^\top + b_{ih} + h W_{hh}^\top + b_{hh}
 
-Padding is at the end of rows there, so the reverse direction flips the valid steps of
-each row; and cuDNN fails on a row of length 0, which is therefore given one step, of
-which nothing is used. Lengths are read on the host, which waits for them at each call.
+cuDNN takes padding at the end of rows only, so for the reverse direction the valid
+steps of each row are flipped. It fails on a row of length 0; such a row is given one
+step, whose results are not used. Each call reads the lengths on the host, which waits
+for them.
 
-Products are float32, as they are on a CPU; they are TensorFloat-32 only where
+Products are computed in float32, as on a CPU. They use TensorFloat-32 only if
 ``jax_default_matmul_precision`` is set to that or to less.
 
-JAX has no ``vmap``, forward mode or second gradient of that call, and refuses them. The
-call itself has not been run on a GPU yet: what surrounds it is tested with JAX's
-reference implementation in its place.
+JAX refuses ``vmap``, forward mode and second gradients of this call. The call has not
+been run on a GPU yet: the code around it is tested with JAX's reference implementation
+in its place.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _lstm(
     precision: jax.lax.Precision,
 ) -> tuple[Array, Array, Array]:
     """Calls cuDNN: ``xs [B, T, D]``, ``h`` and ``c`` ``[1, B, H]``, ``lengths [B]``."""
-    from jax.experimental import rnn  # loaded where it is used, for a quick import
+    from jax.experimental import rnn  # imported here, so that `import jlstm` is quick
 
     return rnn.lstm(
         xs,
@@ -113,9 +114,9 @@ def _lstm(
 
 
 def pack_lstm(params: LSTMParams) -> Array:
-    """Lays params out as cuDNN has them, ``[4H * (D + H + 2)]``.
+    """Packs params into one vector, as cuDNN has them: ``[4H * (D + H + 2)]``.
 
-    The matrices come first, ``[4H, D]`` and ``[4H, H]``, and then both biases.
+    First come the matrices, ``[4H, D]`` and ``[4H, H]``, and then both biases.
     """
     b_hh = jnp.zeros_like(params.b) if params.b_hh is None else params.b_hh
     matrices = params.w_ih.T.ravel(), params.w_hh.T.ravel()
@@ -123,13 +124,13 @@ def pack_lstm(params: LSTMParams) -> Array:
 
 
 def _flip(x: Array, lengths: Array) -> Array:
-    """Reverses the valid steps of each row ``[B, T, ...]``; padding stays behind."""
+    """Reverses the valid steps of each row ``[B, T, ...]``; padding stays in place."""
     time = x.shape[1]
     steps = jnp.arange(time, dtype=lengths.dtype)[None]
     order = (lengths[:, None] - 1 - steps) % time
 
     def take(row: Array, order: Array) -> Array:
-        # Each step is taken once, so that the gradient needs no atomic sums.
+        # Each step is taken exactly once, so the gradient needs no atomic sums.
         return row.at[order].get(mode="promise_in_bounds", unique_indices=True)
 
     return jax.vmap(take)(x, order)
@@ -141,7 +142,7 @@ def _precision() -> jax.lax.Precision:
 
 
 def _check_platform() -> None:
-    """Refuses what JAX would take, and answer wrongly."""
+    """Refuses a platform on which JAX would run and give wrong results."""
     from jax.extend import backend
 
     if "rocm" in backend.get_backend().platform_version.lower():

@@ -1,25 +1,25 @@
-r"""The gated loop: one ``custom_vjp`` for every cell in gated form.
+r"""The fused loop: one ``custom_vjp`` for every cell in gated form.
 
-With :math:`z^x_t = \mathrm{project}(\theta, x_t)`,
-:math:`z^h_t = \mathrm{mix}(\theta, s_{t-1}, z^x_t)` and
-:math:`s_t, y_t = \mathrm{update}(\theta, s_{t-1}, z^x_t, z^h_t)`, the reverse loop
-carries only the cotangent of the carry :math:`s` and writes the cotangents of
-:math:`z^x` and :math:`z^h`. The gradients of the params come from one VJP over the
-steps of a block, taken as one batch, which XLA sees as large matrix products.
+A step computes :math:`z^x_t = \mathrm{project}(\theta, x_t)`, then
+:math:`z^h_t = \mathrm{mix}(\theta, s_{t-1}, z^x_t)`, then
+:math:`s_t, y_t = \mathrm{update}(\theta, s_{t-1}, z^x_t, z^h_t)`. The reverse loop
+carries only the cotangent of the carry :math:`s`, and writes the cotangents of
+:math:`z^x` and :math:`z^h`. The gradients of the params then come from one VJP over all
+steps of a block, taken as one batch, which XLA computes as large matrix products.
 
-A small param that ``update`` reads itself, a vector, has its gradient summed step by
-step; the fresh carry too, where resets restore it.
+Two gradients are summed step by step instead: those of small params that ``update``
+reads itself, such as a vector, and that of the fresh carry where resets restore it.
 
-The sequence runs in blocks of steps, so that what a block makes stays in the cache. The
-forward loop stores what the VJP of ``update`` holds (:mod:`jlstm.kernels.layout`); or,
-to save memory, only the carry before each block, and the reverse loop runs the block
-once more. For a policy of a ``jax.checkpoint`` around the call, these carries have the
-name ``jlstm_carry``, and :math:`z^x` has ``jlstm_zx``, unless each step computes its
-own.
+The sequence is processed in blocks of steps, so that the arrays of a block stay in the
+cache. The forward loop stores what the VJP of ``update`` needs
+(:mod:`jlstm.kernels.layout`). To save memory it may store only the carry before each
+block; the reverse loop then runs the block once more. A policy of a ``jax.checkpoint``
+around the call can refer to these carries by the name ``jlstm_carry``, and to
+:math:`z^x`, unless each step computes its own, by ``jlstm_zx``.
 
-On a CPU the steps of a block are :mod:`jlstm.kernels.program`'s where they can be; else
-they are a ``lax.scan`` (:mod:`jlstm.kernels.loops`), whose products with weights are
-:mod:`jlstm.kernels.product`'s.
+On a CPU the steps of a block run in C++ if they can (:mod:`jlstm.kernels.program`).
+Otherwise they are a ``lax.scan`` (:mod:`jlstm.kernels.loops`), whose products with
+weights run in C++ if they can (:mod:`jlstm.kernels.product`).
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ from jlstm.types import (
     zero_rows,
 )
 
-# The projected inputs of a block take about so many bytes, which stay in the caches. It
-# has about so many steps even if they take more, since a block has a price of its own.
+# The bytes that the projected inputs of a block take, so that they stay in the caches;
+# and the least number of steps of a block, since each block has a cost of its own.
 BYTES, STEPS = 3 << 19, 8
-# Weights of so many elements stay in a core's cache while each step reads them, which
-# pays from so many rows a core on.
+# The largest weights, in elements, that stay in a core's cache while each step projects
+# its own input; and the least number of rows for each core at which that pays.
 SMALL, ROWS = 1 << 18, 16
 
 
@@ -81,7 +81,7 @@ def why_not(cell: Cell, request: Request) -> str | None:
 def note(cell: Cell, request: Request, xs: PyTree = None) -> str:
     """Says where the steps run, if that can be known.
 
-    Without inputs, those of eight features are assumed.
+    Without inputs, eight features are assumed.
     """
     request = request._replace(platform=request.platform or jax.default_backend())
     if (reason := product.why_not(request)) is not None:
@@ -126,7 +126,7 @@ def note(cell: Cell, request: Request, xs: PyTree = None) -> str:
         _refused.reset(token)
 
 
-# Why steps that were traced are no programs, and whether their products are in C++.
+# Why traced steps could not run in C++, and whether their products could.
 _refused: ContextVar[list[tuple[str, bool]]] = ContextVar("refused")
 
 
@@ -148,7 +148,7 @@ class Given(NamedTuple):
 
     @property
     def time(self) -> int:
-        """How many steps."""
+        """The number of steps."""
         return jax.tree.leaves(self.sequence.xs)[0].shape[1]
 
 
@@ -157,14 +157,14 @@ class Static(NamedTuple):
 
     cell: Any
     layout: Layout
-    block: int  # its steps
+    block: int  # the number of its steps
     reverse: bool
     return_carries: bool
     checkpoint_every: int | None
     sharded: bool
 
     def segments(self, time: int) -> list[blocks.Segment]:
-        """The blocks of a sequence."""
+        """Returns the blocks of a sequence."""
         return blocks.segments(time, self.checkpoint_every or self.block)
 
 
@@ -184,7 +184,7 @@ def unroll(
     """Runs a gated cell over a sequence; see :func:`jlstm.kernels.scan.unroll`."""
     given = Given(params, carry, fresh, Sequence(xs, mask, resets))
     options: dict[str, Any] = {"reverse": reverse, "return_carries": return_carries}
-    if given.time < 2:  # to prepare a loop takes longer than one step
+    if given.time < 2:  # preparing a loop takes longer than one step
         options |= {"mask": mask, "resets": resets}
         return scan.unroll(cell, params, xs, carry, fresh, **options)
     static = _static(cell, given, checkpoint_every=checkpoint_every, **options)
@@ -238,11 +238,11 @@ def _wide_zeros(leaf: Array) -> Array:
     return jnp.zeros_like(leaf, dtype=common_dtype(leaf.dtype, jnp.float32))
 
 
-# Where loops run, and what they write to.
+# How steps are bound to a loop, and the arrays that loops write to.
 
 
 def _in_cpp(step: Callable, fixed: PyTree, example: Steps) -> program.Program | str:
-    """Binds a step in C++, or says why that cannot be."""
+    """Binds a step to a loop in C++, or says why that is not possible."""
     if (reason := product.why_not_here()) is not None:
         return reason
     try:
@@ -254,18 +254,18 @@ def _in_cpp(step: Callable, fixed: PyTree, example: Steps) -> program.Program | 
 def _bind(
     step: Callable, fixed: PyTree, example: Steps, *, ahead: bool = False
 ) -> Loop:
-    """Binds a step: in C++ if it can be."""
+    """Binds a step to a loop, in C++ if possible."""
     loop = _in_cpp(step, fixed, example)
     if not isinstance(loop, str):
         return loop
     run = product.with_weights(step, fixed, *example)
-    # One without products of its own is as it was.
+    # A step without such products comes back unchanged.
     _refused.get([]).append((loop, not isinstance(run, partial)))
     return loops.Scan(run, ahead=ahead and jax.default_backend() == "cpu")
 
 
 def _buffers(like: PyTree, time: int, axis: int) -> PyTree:
-    """Makes arrays to be written: like ``[B, ...]``, with an axis of time."""
+    """Makes arrays to be written to: like ``[B, ...]``, with an axis of time added."""
 
     def buffer(leaf: Any) -> Any:
         def longer(sizes: Any, size: int | None) -> tuple:
@@ -300,7 +300,7 @@ def _run_fwd(static: Static, smooth: Given, rest: Given) -> tuple:
 
 
 def _forward(static: Static, given: Given, *, keep: bool) -> tuple:
-    """Returns the results, and what is stored, by the axis of time of its loop."""
+    """Returns the results, and what is stored, keyed by the time axis of its loop."""
     whole = static.checkpoint_every is None
     forward = _Forward(static, given, keep=keep and whole)
 
@@ -330,7 +330,7 @@ def _forward(static: Static, given: Given, *, keep: bool) -> tuple:
 
 
 def _results(static: Static, given: Given) -> tuple[PyTree, PyTree, list]:
-    """The carry and the output that a step returns, and what is stored of it."""
+    """Finds the shapes of a step's carry and output, and of what is stored of it."""
 
     def step(given: Given) -> tuple:
         first = _first_step(static.cell, given)
@@ -341,13 +341,13 @@ def _results(static: Static, given: Given) -> tuple[PyTree, PyTree, list]:
 
 
 class _Forward:
-    """Runs the steps of a block, with params that are bound once before all blocks.
+    """Runs the steps of a block; the params are bound once, before all blocks.
 
     Args:
       static: what is known when the loop is traced.
       given: the arguments of the loop.
-      keep: stores what the reverse loop needs.
-      outputs: writes what a user gets.
+      keep: whether to store what the reverse loop needs.
+      outputs: whether to write the outputs that a user gets.
     """
 
     def __init__(
@@ -373,15 +373,15 @@ class _Forward:
         read: Any,
         write: Any = None,
     ) -> tuple:
-        """Runs steps from ``read`` on: ``(carry, written, stored)``.
+        """Runs steps from number ``read`` on; returns ``(carry, written, stored)``.
 
         Args:
           carry: the carry before them.
           xs: their inputs.
-          written: arrays for the outputs, and the carries.
-          stored: arrays for what is stored, written from ``write`` on.
+          written: the arrays for outputs and carries.
+          stored: the arrays for what is stored, written from step ``write`` on.
           read: the number of the first step.
-          write: the same unless given.
+          write: where to write; ``None`` means ``read``.
         """
         carry = checkpoint_name(carry, "jlstm_carry")
         time = jax.tree.leaves(xs)[0].shape[1]
@@ -406,7 +406,7 @@ class _Forward:
 def _forward_step(
     static: Static, given: Given, *, keep: bool, outputs: bool = True, projects: bool
 ) -> tuple:
-    """A step, what is the same for all steps, and arguments like those to come."""
+    """Makes a step, its fixed arguments, and an example of the others."""
     cell, layout = static.cell, static.layout
 
     def step(
@@ -437,7 +437,7 @@ def _forward_step(
 
 
 def _small_projection(cell: Any, given: Given) -> bool:
-    """Whether steps may project their inputs themselves."""
+    """Tells whether each step may project its own inputs."""
     xs, zx = map(jax.tree.leaves, (given.sequence.xs, _abstract_step(cell, given).zx))
     batch = xs[0].shape[0]
     if batch * jax.local_device_count() < ROWS * library.cores():
@@ -450,8 +450,8 @@ def _small_projection(cell: Any, given: Given) -> bool:
 
 
 def _run_bwd(static: Static, saved: tuple, cotangents: tuple) -> tuple:
-    # This may be traced outside what the forward loop was traced in: a shard_map, or a
-    # context, which said that no batch is cut.
+    # This may be traced outside the shard_map or the context in which the forward loop
+    # was traced, and which said that no batch is cut.
     with contextlib.nullcontext() if static.sharded else rows_in_one_place():
         return _backward(static, saved, cotangents)
 
@@ -465,7 +465,7 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple:
     ((stored_axis, stored),) = stored.items()
     dys, dcarry, dcarries = (smooth_leaves(tree) for tree in cotangents)
     params, params_rest = split(given.params)
-    # What is stored of a step replaces its part of these; the rest is made of params.
+    # Stored arrays replace their part of these; the rest depends on the params only.
     first = _first_step(cell, given)
     like = layouts.update(cell, layout, given.params, first)[1]
     stored_like = _results(static, given)[2]
@@ -478,8 +478,8 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple:
     zeros = jax.tree.map(jnp.zeros_like, smooth_leaves(given.fresh))
     dvectors = layouts.take(given.params, layout.vectors)
     dvectors = [_wide_zeros(leaf) for leaf in dvectors]
-    # What is stored of a step comes by ``stored`` if the forward loop has written it,
-    # and by ``inputs`` if the block was run again; one of the two is always empty.
+    # What is stored of a step comes as ``stored`` if the forward loop has written it,
+    # and as ``inputs`` if the block is run again; one of the two is always empty.
     parts = (stored_like, []) if again else ([], stored_like)
     first_read = blocks.at(kept, 0, axis=1)
     example = Steps((dcarry, zeros), dvectors, parts[0], first_read, parts[1])
@@ -531,7 +531,7 @@ def _backward(static: Static, saved: tuple, cotangents: tuple) -> tuple:
 
 
 def _backward_step(static: Static) -> Callable:
-    """The step of the reverse loop, which carries the cotangents of two carries."""
+    """Makes the step of the reverse loop, which carries cotangents of two carries."""
     cell, layout = static.cell, static.layout
 
     def step(
@@ -574,10 +574,10 @@ def _backward_step(static: Static) -> Callable:
 def _parts_vjp(
     static: Static, params: PyTree, xs: PyTree, steps: Step, axis: int
 ) -> Callable:
-    """The VJP of the parts of a cell for the steps of a block at once.
+    """Makes the VJP of the parts of a cell, for all steps of a block at once.
 
-    ``pull((dzx, dzh, douts)) -> (dparams, dmatrices, dxs)``, with the cotangents of
-    ``project``, of ``mix``, and of ``update`` where that reads matrices.
+    It is ``pull((dzx, dzh, douts)) -> (dparams, dmatrices, dxs)``. The arguments are
+    the cotangents of ``project``, of ``mix``, and of ``update`` if that reads matrices.
     """
     cell, layout = static.cell, static.layout
     smooth_params, params_rest = split(params)
@@ -617,7 +617,7 @@ def _parts_vjp(
 
 
 def _repeat(tree: PyTree, time: int, axis: int) -> PyTree:
-    """Repeats what nothing reads for the steps of a block."""
+    """Repeats, for the steps of a block, what none of them reads."""
 
     def repeat(leaf: Array) -> Array:
         leaf = jnp.expand_dims(leaf, axis)

@@ -1,8 +1,8 @@
-r"""What a step computes, as a graph of operations on columns.
+r"""The computation of a step, as a graph of operations on columns.
 
-A value ``[B, N]`` that differs by row is ``N / unit`` columns, each a node of the
-graph; to cut and to join columns costs nothing. A value that is the same in all steps
-is computed by XLA, before them.
+A value ``[B, N]`` that differs by row consists of ``N / unit`` columns, and each column
+is a node of the graph. Cutting and joining columns therefore costs nothing. A value
+that is the same in all steps is computed by XLA before the loop.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from jlstm.types import Array
 
 
 class Unsuited(Exception):
-    """A step is no such graph; the message says why."""
+    """Raised for a step that cannot be such a graph; the message says why."""
 
 
 class Row(NamedTuple):
-    """Differs by row: ``[B, width]``; or ``[B]`` or ``[B, 1]``, of one column."""
+    """A value that differs by row: ``[B, width]``; or ``[B]`` or ``[B, 1]``."""
 
     columns: tuple[int, ...]
     width: int
 
     def column(self, i: int) -> int:
-        """The node of a column; a single one stands for all."""
+        """Returns the node of a column; a single column stands for all."""
         return self.columns[i if len(self.columns) > 1 else 0]
 
 
@@ -45,9 +45,9 @@ class Sum(NamedTuple):
 
 
 class Outer(NamedTuple):
-    """The same in all steps.
+    """A value that is the same in all steps.
 
-    ``value`` may be without what a broadcast to ``shape`` adds: rows, or all.
+    ``value`` may lack the axes that a broadcast to ``shape`` adds: rows, or all.
     """
 
     value: Any
@@ -57,20 +57,21 @@ class Outer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Place:
-    """Memory of ``width`` floats a row.
+    """Memory of ``width`` floats for each row.
 
-    Kinds: ``input`` and ``out`` have steps, ``kept`` has them from some step on;
-    ``written`` too; ``state`` is handed from step to step; ``rows`` is the same in all
-    steps and ``same`` in all rows; ``scratch`` is a thread's own.
+    Its kind is one of these: ``input`` and ``out`` have the steps of the block,
+    ``kept`` and ``written`` those of the sequence. ``state`` is handed from step to
+    step. ``rows`` is the same in all steps, ``same`` in all rows too. ``scratch``
+    belongs to a thread.
     """
 
     kind: str
     width: int
-    value: Any = None  # of rows and same
+    value: Any = None  # for the kinds rows and same
 
 
 class Link(NamedTuple):
-    """A product of rows with a weight, which goes to a place."""
+    """A product of rows with a weight, which is written to a place."""
 
     row: Row
     place: int
@@ -79,11 +80,12 @@ class Link(NamedTuple):
 
 
 class Graph:
-    """Nodes: an operation and its arguments, which are numbers of other nodes.
+    """A graph of nodes: operations, and the indices of the nodes they apply to.
 
-    The arguments of ``load``, and of ``splat`` (one element for a whole column), are a
-    place and a column; that of ``const`` is a number. ``whole`` stands for all of a
-    place that has no columns, and is but multiplied by weights.
+    The arguments of ``load``, and of ``splat`` (which copies one element to a whole
+    column), are a place and a column; the argument of ``const`` is a number. ``whole``
+    stands for all of a place that cannot be divided into columns, and is only
+    multiplied by weights.
     """
 
     def __init__(self, batch: int, unit: int):
@@ -95,13 +97,13 @@ class Graph:
         self._outer: dict[int, int] = {}  # places of values that are the same
 
     def count(self, width: int) -> int:
-        """How many columns a width has."""
+        """Returns the number of columns of a width."""
         return max(1, width // self.unit)
 
     def place(
         self, kind: str, shape: Sequence[int], dtype: Any, value: Any = None
     ) -> int:
-        """Adds memory for ``[B, ...]``, or for ``[...]``, the same in all rows."""
+        """Adds memory for ``[B, ...]``, or ``[...]`` if it is the same in all rows."""
         if dtype not in (np.float32, np.bool_):
             raise Unsuited(f"it computes in {np.dtype(dtype).name}")
         if kind != "same" and (not shape or shape[0] != self.batch):
@@ -123,14 +125,14 @@ class Graph:
         return Row(tuple(columns), width)
 
     def check_columns(self, row: Row) -> None:
-        """Refuses what has no columns."""
+        """Refuses a row that is not divided into columns."""
         if self.nodes[row.columns[0]][0] == "whole":
             raise Unsuited(f"widths {row.width} and {self.unit} have no common columns")
 
     def constant(self, value: Any) -> int:
-        """Adds a number, or finds it."""
+        """Adds a number as a node, or finds the node that it is already."""
         value = float(np.float32(value))
-        # By which zeros of both signs are told apart, and NaN is like itself.
+        # By its bytes, so that zeros of both signs differ and NaN equals itself.
         return self._number(("const", value), ("const", np.float32(value).tobytes()))
 
     def _number(self, node: tuple, key: tuple) -> int:
@@ -140,11 +142,11 @@ class Graph:
         return self._numbers[key]
 
     def value(self, node: int) -> float | None:
-        """The number that a node is, or ``None``."""
+        """Returns the number that a node is, or ``None``."""
         return self.nodes[node][1] if self.nodes[node][0] == "const" else None
 
     def node(self, op: str, *args: int) -> int:
-        """Adds a node, or finds it or a simpler one that is equal to it."""
+        """Adds a node, or finds an equal one or a simpler one of equal value."""
         if op in _FOLDED:
             known = [self.value(arg) for arg in args]
             if None not in known:
@@ -171,7 +173,7 @@ class Graph:
         return self._number(key, key)
 
     def row(self, value: Any, width: int) -> Row:
-        """Makes any value a row of some width."""
+        """Turns any value into a row of some width."""
         if isinstance(value, Sum):
             raise Unsuited("it uses a sum over the rows of a batch")
         if isinstance(value, Row):
@@ -202,7 +204,7 @@ class Graph:
 
 
 def read(graph: Graph, jaxpr: Any, consts: list, args: list) -> list:
-    """Evaluates a jaxpr on values.
+    """Evaluates a jaxpr on values of the graph.
 
     Raises:
       Unsuited: naming what cannot be an operation on columns.
@@ -239,12 +241,12 @@ def read(graph: Graph, jaxpr: Any, consts: list, args: list) -> list:
 
 
 def outer(value: Any) -> Outer:
-    """A value that is the same in all steps."""
+    """Wraps a value that is the same in all steps."""
     return Outer(value, jnp.shape(value), jnp.result_type(value))
 
 
 def common_width(jaxpr: Any, moving: set) -> int:
-    """The greatest width that divides those of all values that differ by row, or 0."""
+    """Finds the greatest width that divides those of all values that differ by row."""
     found = 0
 
     def meet(atoms: Sequence[Any], least: int = 2) -> None:
@@ -253,7 +255,7 @@ def common_width(jaxpr: Any, moving: set) -> int:
             if len(atom.aval.shape) == 2 and atom.aval.shape[1] >= least:
                 found = math.gcd(found, atom.aval.shape[1])
 
-    # What is but multiplied by weights needs no columns.
+    # A value that is only multiplied by weights needs no columns.
     read = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
     for eqn in live(jaxpr):
         if eqn.primitive.name != "dot_general" and called(eqn) is None:
@@ -265,7 +267,7 @@ def common_width(jaxpr: Any, moving: set) -> int:
             continue
         moving.update(eqn.outvars)
         name, inner = eqn.primitive.name, called(eqn)
-        # What is cut or joined may be as narrow as one.
+        # The parts of a cut or a join may have a width of one.
         meet(eqn.outvars, 1 if name in ("slice", "split") else 2)
         if name in ("concatenate", "pad"):
             meet(eqn.invars, 1)
@@ -282,7 +284,7 @@ def common_width(jaxpr: Any, moving: set) -> int:
 
 
 def live(jaxpr: Any) -> list:
-    """The equations that results depend on."""
+    """Lists the equations on which the results depend."""
     needed = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
     kept = []
     for eqn in reversed(jaxpr.eqns):
@@ -293,7 +295,7 @@ def live(jaxpr: Any) -> list:
 
 
 def called(eqn: Any) -> tuple[Any, list] | None:
-    """The function that an equation calls, as ``(jaxpr, consts)``."""
+    """Returns the function that an equation calls, as ``(jaxpr, consts)``."""
     if eqn.primitive.name in ("scan", "while", "cond"):
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
@@ -304,7 +306,7 @@ def called(eqn: Any) -> tuple[Any, list] | None:
 
 
 def _same(jaxpr: Any, eqn: Any, given: list[Outer]) -> list[Outer]:
-    """Computes what is the same in all steps; a broadcast waits until it is needed."""
+    """Computes what is the same in all steps; leaves broadcasts for later."""
     aval = eqn.outvars[0].aval
     if eqn.primitive.name == "broadcast_in_dim":
         shape, axes = jnp.shape(given[0].value), eqn.params["broadcast_dimensions"]
@@ -386,7 +388,7 @@ def _elements(graph: Graph, eqn: Any, given: list) -> Row:
 
 
 def _width(graph: Graph, eqn: Any) -> int:
-    """The width of a result that differs by row."""
+    """Returns the width of a result that differs by row."""
     shape = eqn.outvars[0].aval.shape
     if shape[:1] != (graph.batch,) or len(shape) > 2:
         raise Unsuited(f"it takes {eqn.primitive.name} to {list(shape)}")
@@ -425,7 +427,7 @@ def _operation(graph: Graph, eqn: Any) -> Callable:
     raise Unsuited(f"it computes {name}")
 
 
-# Equations that move columns.
+# Equations that only move columns.
 
 
 def _move(graph: Graph, eqn: Any, given: list) -> list[Row]:
@@ -493,7 +495,7 @@ def _join(graph: Graph, width: int, parts: Sequence[tuple[int, Any]]) -> Row:
 
 def _reduce_sum(graph: Graph, eqn: Any, given: list) -> list[Row | Sum]:
     axes, out, row = eqn.params["axes"], eqn.outvars[0].aval, given[0]
-    if 1 in axes:  # a product with ones
+    if 1 in axes:  # as a product with ones
         width = eqn.invars[0].aval.shape[1]
         place = graph.place("scratch", (graph.batch, 1), out.dtype)
         ones = jnp.ones((width, 1), np.float32)
@@ -520,7 +522,7 @@ _NAMED = (
     *("add", "sub", "mul", "div", "max", "min"),
 )
 _OPERATIONS = {**{name: name for name in _NAMED}, "add_any": "add"}
-_OPERATIONS |= {"and": "mul", "or": "max"}  # of truths, which are 0 and 1
+_OPERATIONS |= {"and": "mul", "or": "max"}  # of booleans, which are 0 and 1
 _FOLDED: dict[str, Callable] = {
     "add": np.add,
     "sub": np.subtract,

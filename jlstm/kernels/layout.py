@@ -1,8 +1,8 @@
-"""What the parts of a cell read, and what a reverse loop needs of each step.
+"""Finds what the parts of a cell read, and what the reverse loop needs of each step.
 
 The forward loop stores the arrays that the VJP of ``update`` holds, and the carry
-before the step. An array that is there twice is stored once; one that follows from
-others by little work, or is made of params alone, is made again.
+before the step. An array that occurs twice is stored once. An array that follows from
+others by little work, or from the params alone, is not stored but computed again.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from jlstm.types import Array, PyTree, is_inexact, join, smooth_leaves
 
 
 def split(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """Parts the leaves that have a cotangent from the others; see ``types.join``."""
+    """Separates leaves that have a cotangent from the others; see ``types.join``."""
     rest = jax.tree.map(lambda leaf: None if is_inexact(leaf) else leaf, tree)
     return smooth_leaves(tree), rest
 
 
 def take(params: PyTree, places: tuple[int, ...]) -> list[Array]:
-    """Takes some leaves, by number."""
+    """Picks some leaves by their indices."""
     leaves = jax.tree.leaves(params)
     return [leaves[place] for place in places]
 
 
 def put(params: PyTree, places: tuple[int, ...], values: list[Array]) -> PyTree:
-    """Replaces some leaves."""
+    """Replaces some leaves, given by their indices."""
     leaves, tree = jax.tree.flatten(params)
     for place, value in zip(places, values, strict=True):
         leaves[place] = value
@@ -45,7 +45,7 @@ def put(params: PyTree, places: tuple[int, ...], values: list[Array]) -> PyTree:
 
 
 class Step(NamedTuple):
-    """The arguments of ``update`` beside the params."""
+    """The arguments of ``update`` other than the params."""
 
     carry: PyTree
     zx: PyTree
@@ -60,18 +60,19 @@ class Kept(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the parts of a cell read and keep, found by tracing one step."""
+    """What the parts of a cell read, and what is stored; found by tracing one step."""
 
-    # Params that update reads, as leaves: those no larger than the carry of a row,
-    # whose gradients are summed step by step, and those summed over a block at once.
+    # The params that update reads, as indices of leaves. Vectors are no larger than the
+    # carry of a row, and their gradients are summed step by step; the gradients of
+    # matrices are summed over a block at once.
     vectors: tuple[int, ...]
     matrices: tuple[int, ...]
     mix_reads_zx: bool
-    update_cuts_zx: bool  # rather than to begin by arithmetic on all of it
-    dzx_is_dzh: bool = False  # of update's VJP, as where zx + zh is all that is read
-    equal: tuple[int, ...] = ()  # for each leaf of Kept, the first that is the same
-    stored: tuple[int, ...] = ()  # leaves of Kept
-    made: tuple[Recipe, ...] = ()  # other leaves, from those
+    update_cuts_zx: bool  # whether update begins by cutting zx into parts
+    dzx_is_dzh: bool = False  # whether their cotangents agree, as if zx + zh is read
+    equal: tuple[int, ...] = ()  # for each leaf of Kept, the first one equal to it
+    stored: tuple[int, ...] = ()  # the leaves of Kept that are stored
+    made: tuple[Recipe, ...] = ()  # those that are computed from stored ones
 
     def store(self, kept: Kept) -> list[Array]:
         """Picks the leaves to store."""
@@ -84,7 +85,7 @@ class Layout(NamedTuple):
     def restore(self, stored: list[Array], like: Kept, *, whole: bool = True) -> Kept:
         """Puts the stored leaves back; the others come from ``like``.
 
-        Unless the whole is wanted, only ``step`` counts.
+        Unless ``whole`` is true, only ``step`` is restored.
         """
         leaves, tree = jax.tree.flatten(like)
         for i, leaf in zip(self.stored, stored, strict=True):
@@ -100,15 +101,15 @@ class Layout(NamedTuple):
 
 
 def first_step(cell: Any, params: PyTree, carry: PyTree, xs: PyTree) -> Step:
-    """The first step of a sequence."""
+    """Makes the arguments of the first step of a sequence."""
     zx = cell.project(params, jax.tree.map(lambda leaf: leaf[:, 0], xs))
     return Step(carry, zx, cell.mix(params, carry, zx))
 
 
 def update(cell: Any, layout: Layout, params: PyTree, step: Step) -> tuple:
-    """Runs ``update``: its results, and what the reverse loop needs of them.
+    """Runs ``update``; returns its results, and what the reverse loop needs of them.
 
-    That has a VJP for the vectors and for the smooth part of the step.
+    The latter includes a VJP for the vectors and for the smooth part of the step.
     """
     smooth, rest = split(step)
 
@@ -139,7 +140,7 @@ def find(cell: Any, params: PyTree, step: Step) -> Layout:
         return cell.mix(*fixed, zx)
 
     read = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
-    # Most cells read none: one question instead of one for each.
+    # Most cells read none, so all leaves are tried together first.
     read = [i for i in read if reads([i])] if reads(read) else []
     small = [leaf.ndim < 2 or leaf.size <= largest for leaf in leaves]
     layout = Layout(
@@ -155,7 +156,7 @@ def find(cell: Any, params: PyTree, step: Step) -> Layout:
 
 
 def _find_stored(cell: Any, layout: Layout, params: PyTree, step: Step) -> Layout:
-    """Finds what the VJP of ``update`` holds, and what it makes."""
+    """Finds what the VJP of ``update`` holds, and which parts of that to store."""
     names: list[int] = []
     same: list[bool] = []
 
@@ -173,7 +174,7 @@ def _find_stored(cell: Any, layout: Layout, params: PyTree, step: Step) -> Layou
     moves = _varying(kept, step, params)
     equal = tuple(names.index(name) for name in names)
     moving = [i for i in dict.fromkeys(equal) if moves[i]]
-    # The step itself is read apart from the others too.
+    # The step is also read without the rest, so its leaves must be stored.
     size = len(jax.tree.leaves(jax.eval_shape(kept, step, params).step))
     of_step = {i for i in equal[len(equal) - size :] if i in moving}
 
@@ -194,7 +195,7 @@ def _find_stored(cell: Any, layout: Layout, params: PyTree, step: Step) -> Layou
 
 
 def begins_by_cutting(fun: Callable, args: tuple) -> bool:
-    """Whether ``fun`` takes parts of its first argument as it is."""
+    """Tells whether ``fun`` cuts its first argument before any arithmetic on it."""
     jaxpr = jax.make_jaxpr(fun)(*args).jaxpr
     given = set(map(id, jaxpr.invars[: len(jax.tree.leaves(args[0]))]))
     cutting = {"slice", "split", "dynamic_slice", "gather"}
@@ -207,13 +208,13 @@ def begins_by_cutting(fun: Callable, args: tuple) -> bool:
 def _varying(fun: Callable, moving: PyTree, fixed: PyTree) -> list[bool]:
     """Tells which leaves of ``fun(moving, fixed)`` depend on ``moving``.
 
-    vmap knows: what depends on no mapped argument is not mapped.
+    vmap knows: a result that depends on no mapped argument is not mapped.
     """
     flags: list[bool] = []
 
     def row(moving: PyTree, fixed: PyTree) -> tuple:
         kinds = tuple({type(leaf) for leaf in jax.tree.leaves(moving)})
-        # A copy, since some calls wrap results that are not mapped as well.
+        # Copies, since some calls wrap results that are not mapped as well.
         results = map(jnp.copy, jax.tree.leaves(fun(moving, fixed)))
         flags.extend(isinstance(leaf, kinds) for leaf in results)
         return ()

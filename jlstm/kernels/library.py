@@ -1,7 +1,7 @@
-"""The library in C++: where it is, and why it is not there.
+"""The C++ library: where it is, or why it is not there.
 
-It is for float32 on a CPU, and is there where a C++ compiler was found when jlstm was
-installed. The environment variable ``JLSTM_NATIVE=0`` leaves it out.
+It computes in float32 on a CPU. It is built when jlstm is installed, if a C++ compiler
+is found. The environment variable ``JLSTM_NATIVE=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HANDLERS = (
 
 @functools.cache
 def why_not() -> str | None:
-    """Loads the library; returns the reason if there is none."""
+    """Loads the library; returns the reason if that is not possible."""
     if os.environ.get("JLSTM_NATIVE") == "0":
         return "is left out by JLSTM_NATIVE=0"
     if not LIBRARY.exists():
@@ -52,7 +52,7 @@ def why_not() -> str | None:
 
 
 def cores() -> int:
-    """How many threads XLA has for all devices of the CPU."""
+    """Returns the number of threads that XLA has for all devices of the CPU."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
@@ -64,13 +64,13 @@ def call(
     aliases: dict[int, int] | None = None,
     **attributes: Any,
 ) -> list[Array]:
-    """Calls a handler.
+    """Calls a function of the library.
 
     Args:
-      name: its name.
-      results: shapes and dtypes of what it makes.
-      *operands: what it reads.
-      aliases: results, by the operand whose memory they take.
+      name: the name of its handler.
+      results: the shapes and dtypes of its results.
+      *operands: the arrays that it reads.
+      aliases: for some operands, the result that takes over their memory, by index.
       **attributes: what is known when the call is traced.
     """
     made = jax.ffi.ffi_call(
@@ -80,7 +80,7 @@ def call(
         input_output_aliases=aliases,
     )(
         *operands,
-        # The devices of a CPU have one pool of threads.
+        # All devices of a CPU share one pool of threads.
         devices=np.int64(jax.local_device_count("cpu")),
         **attributes,
     )
@@ -88,9 +88,9 @@ def call(
 
 
 def memory(like: PyTree) -> PyTree:
-    """Makes arrays of any contents, each with memory of its own.
+    """Makes uninitialised arrays, each with memory of its own.
 
-    XLA would fill equal ones with zeros once, and then copy them.
+    XLA would fill equal arrays with zeros once, and then copy them.
     """
     leaves, tree = jax.tree.flatten(like)
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]

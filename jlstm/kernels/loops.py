@@ -1,8 +1,9 @@
-"""A loop over the steps of a block by ``lax.scan``.
+"""A loop over the steps of a block, by ``lax.scan``.
 
-:func:`jlstm.kernels.program.bind` makes one that is called alike and runs in C++. The
-two differ in the order of arrays that nobody else sees: batch-major ``[B, T, ...]`` in
-C++, time-major ``[T, B, ...]`` here, where a step is one piece of memory.
+:func:`jlstm.kernels.program.bind` makes a loop that is called in the same way and runs
+in C++. The two differ in the order of arrays that nobody else sees: batch-major
+``[B, T, ...]`` in C++, time-major ``[T, B, ...]`` here, where the arrays of one step
+are contiguous.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from jlstm.types import Array, PyTree
 
 
 class Steps(NamedTuple):
-    """What steps read, beside what is the same for all: of one step ``[B, ...]``."""
+    """What steps read, beside what is the same for all; one step has ``[B, ...]``."""
 
-    state: PyTree  # handed on
-    sums: PyTree = ()  # [...], to which a step adds sums over the rows
+    state: PyTree  # handed from step to step
+    sums: PyTree = ()  # [...], to which each step adds sums over the rows
     inputs: PyTree = ()  # of this block, in the order of the loop
     kept: PyTree = ()  # of the whole sequence, [B, T, ...]
     stored: PyTree = ()  # of the whole sequence, in the order of the loop
@@ -31,38 +32,38 @@ class Steps(NamedTuple):
 class Span(NamedTuple):
     """Which steps a loop takes."""
 
-    time: int  # how many
+    time: int  # how many steps
     reverse: bool
     read: Any = 0  # where they begin in kept and stored
-    write: Any = 0  # and in what is written
+    write: Any = 0  # where they begin in what is written
 
 
 class Loop(Protocol):
     """Runs steps: ``step(fixed, *steps) -> (state, sums, outs, written, stored)``."""
 
-    axis: int  # of time, in the order of the loop
+    axis: int  # the axis of time, in the order of the loop
 
     def __call__(self, steps: Steps, to: tuple, span: Span) -> tuple:
-        """Runs a span of steps: ``(state, sums, outs, written, stored)``.
+        """Runs a span of steps; returns ``(state, sums, outs, written, stored)``.
 
         Args:
-          steps: what they read.
-          to: ``(written, stored)``, longer arrays, into part of which that is written:
-            ``[B, T, ...]``, and in the order of the loop. New arrays are made of
-            ``outs``, in the order of the loop.
-          span: which steps.
+          steps: what the steps read.
+          to: ``(written, stored)``, arrays longer than the span, of which a part is
+            overwritten: ``[B, T, ...]``, and in the order of the loop. The results
+            ``outs`` become new arrays, in the order of the loop.
+          span: which steps to run.
         """
         ...
 
 
 class Scan:
-    """The loop of XLA.
+    """A loop by ``lax.scan``, compiled by XLA.
 
     Args:
-      step: the step, to which is bound what is the same for all.
-      ahead: makes each step read the inputs of the next. XLA fuses the reading of
-        inputs with the first use of them. Where that use is a cut, such a fusion is not
-        vectorised on a CPU: a GRU took twice as long.
+      step: the step, with its fixed arguments bound.
+      ahead: whether each step reads the inputs of the next one. XLA fuses the reading
+        of inputs with their first use. If that is a cut, the fusion is not vectorised
+        on a CPU, and a GRU takes twice as long.
     """
 
     axis = 0
@@ -97,7 +98,7 @@ class Scan:
 def _scan_ahead(
     body: Callable, carry: PyTree, xs: PyTree, length: int, reverse: bool
 ) -> tuple[PyTree, PyTree]:
-    """``lax.scan``, where each step reads the inputs of the next."""
+    """Runs ``lax.scan`` so that each step reads the inputs of the next one."""
     steps = jnp.arange(length, dtype=jnp.int32)
     following = jnp.clip(steps + (-1 if reverse else 1), 0, length - 1)
 

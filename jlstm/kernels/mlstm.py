@@ -1,27 +1,29 @@
-r"""The loops of an mLSTM that take many steps at once, as attention does.
+r"""The loops of an mLSTM that process many steps at once, as attention does.
 
-With :math:`F_t = \sum_{r \le t} \log f_r`, the memory after step t of a chunk that
-begins with :math:`C_0` holds what step s wrote with the weight :math:`e^{D_{ts}}`, and
-:math:`C_0` with the weight :math:`e^{g_t}`,
+Consider a chunk of steps that begins with the memory :math:`C_0`, and let
+:math:`F_t = \sum_{r \le t} \log f_r`. After step t the memory holds what step s wrote
+with the weight :math:`e^{D_{ts}}`, and :math:`C_0` with the weight :math:`e^{g_t}`,
 
 .. math::
     D_{ts} = F_t - F_s + \log i_s, \qquad g_t = F_t + m_0
 
-so that with :math:`m_t = \max(\max_{s \le t} D_{ts},\, g_t)`, the stabiliser of the
-step form too,
+With the stabiliser :math:`m_t = \max(\max_{s \le t} D_{ts},\, g_t)`, the same as in the
+step form, a query reads
 
 .. math::
     q_t C_t e^{-m_t} = \sum_{s \le t} e^{D_{ts} - m_t} (q_t \cdot k_s)\, v_s
         + e^{g_t - m_t} q_t C_0
 
-and alike for :math:`n`. ``"parallel"`` takes the whole sequence as one chunk, whose
-work grows as its square; ``"chunkwise"`` hands the carry from chunk to chunk. A masked
-step has :math:`\log f = 0` and :math:`\log i = -\infty`; a reset begins with the
-fresh carry, and parts what is before it from what is after. What is not finite is taken
-out of the products, where no weight of zero would stop it, and makes NaN of the steps
-that it reaches.
+and likewise for :math:`n`. ``"parallel"`` takes the whole sequence as one chunk, whose
+work grows with the square of its length. ``"chunkwise"`` hands the carry from chunk to
+chunk.
 
-Differentiated by JAX, in every mode.
+A masked step has :math:`\log f = 0` and :math:`\log i = -\infty`. A reset begins with
+the fresh carry, and separates the steps before it from those after. Numbers that are
+not finite are taken out of the products, where a weight of zero would not stop them,
+and the steps that they reach become NaN.
+
+JAX differentiates these loops, in every mode.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class Chunks:
     """A loop over chunks.
 
     Attributes:
-      steps: how many a chunk has; ``None`` takes all.
+      steps: the number of steps of a chunk; ``None`` makes one chunk of all.
     """
 
     steps: int | None
@@ -113,12 +115,12 @@ class Chunks:
         return ys, carry, carries
 
 
-# Steps of a chunk: more are more work for each, fewer carry the memory more often.
+# The steps of a chunk: more mean more work for each, fewer carry the memory more often.
 CHUNKWISE, PARALLEL = Chunks(64), Chunks(None)
 
 
 def _finite(tree: PyTree, axes: int) -> Array:
-    """Which rows, or steps of rows, have nothing else."""
+    """Tells which rows, or steps of rows, have finite numbers only."""
     flags = [jnp.isfinite(leaf) for leaf in jax.tree.leaves(tree)]
     each = [f.all(axis=tuple(range(axes, f.ndim))) for f in flags]
     return functools.reduce(jnp.logical_and, each)
@@ -129,9 +131,9 @@ def _flip(tree: PyTree) -> PyTree:
 
 
 def _sums(x: Array) -> tuple[Array, Array]:
-    """Sums from the first step on, and their rounding errors.
+    """Returns cumulative sums, and their rounding errors.
 
-    A sum of many steps is large, and a difference of two would have its errors.
+    A sum of many steps is large, and the difference of two would have its errors.
     """
 
     def add(a: tuple, b: tuple) -> tuple[Array, Array]:
@@ -153,12 +155,13 @@ def _chunk(
     *,
     every: bool,
 ) -> tuple[MLSTMCarry, Array]:
-    """Takes the steps of a chunk, ``[k, B, ...]``, in the order of time.
+    """Processes the steps of a chunk, ``[k, B, ...]``, in the order of time.
 
-    ``sound`` says of which steps, and rows of ``before``, the zeros are no numbers.
+    ``sound`` says of which steps, and of which rows of ``before``, the numbers are
+    finite; the others hold zeros instead.
 
     Returns:
-      The carries after every step, or the last alone, and the outputs.
+      The carries after every step, or after the last only, and the outputs.
     """
     q, k, v, o, log_i, log_f = gates
     if valid is not None:
@@ -167,8 +170,8 @@ def _chunk(
     total, error = _sums(log_f)
     steps = jnp.arange(len(q))
     seen = (steps[None, :] <= steps[:, None])[None]  # [B, t, s]
-    begun = jnp.ones((1, len(q)), bool)  # by the carry before
-    # What carries weigh at each step: the one before, and the fresh one after resets.
+    begun = jnp.ones((1, len(q)), bool)  # whether the carry before still counts
+    # The weights of carries at each step: the one before, and fresh ones after resets.
     carries = [(total + error + before.m[..., None], before)]
     if reset is not None:
         segment = jnp.cumsum(reset.T, axis=-1, dtype=jnp.int32)  # [B, k]
@@ -192,7 +195,7 @@ def _chunk(
         m = jnp.maximum(m, weight)
     written = jnp.exp(written - m[..., None])
 
-    # What queries read, and the memory itself.
+    # What the queries read, and then the memory itself.
     scores = jnp.einsum("tbnk,sbnk->bnts", q, k) * written
     values, weights = jnp.einsum("bnts,sbnv->tbnv", scores, v), scores.sum(-1)
     ends = slice(None) if every else slice(-1, None)

@@ -1,14 +1,14 @@
 r"""The loops of an LSTM and of a GRU in C++, on the cores of a CPU.
 
-The weights are put once a call into the order in which they are read; a step computes
-the gates of a few rows and hidden units in registers; and the rows of a batch are
+Each call puts the weights once into the order in which they are read. A step then
+computes the gates of a few rows and hidden units in registers. The rows of a batch are
 shared among XLA's own threads, which wait for each other only at the end. Masked steps
-cost nothing. It is for float32, and is there where a C++ compiler was found when jlstm
-was installed.
+cost nothing. The loops are for float32; they are there if a C++ compiler was found when
+jlstm was installed.
 
-A gradient reads the gates and the carries that the forward loop stored, or, with
-``checkpoint_every``, computes them again block by block. A gradient of that gradient is
-the fused loop's.
+A gradient reads the gates and carries that the forward loop has stored or, with
+``checkpoint_every``, computes them again block by block. The gradient of a gradient
+uses the fused loop.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from jlstm.kernels.blocks import segments
 from jlstm.kernels.request import Request
 from jlstm.types import Array, Cell, PyTree
 
-# Of fewer rows XLA computes the product with the inputs, which needs no order of steps.
+# With fewer rows, XLA computes the product with the inputs for all steps at once.
 FEW_ROWS = 8
-# Weights of so many elements leave no room in a core's cache for what they multiply.
+# Larger weights, in elements, leave no room in a core's cache for what they multiply.
 LARGE = 1 << 18
 
 
@@ -48,14 +48,14 @@ def why_not(cell: Cell, request: Request) -> str | None:
         return "computes tanh and sigmoid, got other activations"
     if isinstance(cell, GRU) and not cell.reset_after:
         return "has no loop for a GRU with reset_after=False"
-    request = request._replace(checkpoint_every=False)  # which is cut outside the loop
+    request = request._replace(checkpoint_every=False)  # blocks are cut outside
     return request.exceeds("cpu") or library.why_not()
 
 
 class Args(NamedTuple):
-    """What a loop reads and has gradients; absent arrays have no elements."""
+    """What a loop reads and differentiates; absent arrays have no elements."""
 
-    xs: Array  # [B, T, D]; or [B, T, G], projected, where w_ih has no elements
+    xs: Array  # [B, T, D]; or [B, T, G], projected already, if w_ih has no elements
     w_ih: Array  # [D, G]
     w_hh: Array  # [H, G]
     bias: Array  # [G]
@@ -67,14 +67,14 @@ class Args(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """Booleans of steps, ``[B, T]``, or of no elements."""
+    """Booleans of steps, ``[B, T]``; absent ones have no elements."""
 
     mask: Array
     resets: Array
 
 
 class Out(NamedTuple):
-    """Outputs and the final carry."""
+    """The outputs and the final carry."""
 
     ys: Array  # [B, T, H]
     h: Array  # [B, H]
@@ -82,7 +82,7 @@ class Out(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward loop reads."""
+    """What the forward loop stores for the backward loop."""
 
     ys: Array  # [B, T, H]
     gates: Array  # [B, T, 4H]; of a GRU r, z, the part of n inside r * (.), and n
@@ -90,7 +90,7 @@ class Kept(NamedTuple):
 
 
 class Carries(NamedTuple):
-    """What is kept instead where the steps of blocks are computed again."""
+    """What is stored instead if blocks of steps are computed again."""
 
     h: Array  # [K, B, H], before each block
     c: Array
@@ -167,8 +167,8 @@ def _carry(carry: PyTree, none: Array) -> tuple[Array, Array]:
     return carry.h, getattr(carry, "c", none)
 
 
-# Three functions with gradients, each the next one's: the outputs; the outputs and what
-# the backward loop reads, which has no cotangent; and the gradients.
+# Three functions with gradients of their own, each of which uses the next: the outputs;
+# the outputs and what the backward loop reads, without cotangent; and the gradients.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -224,7 +224,7 @@ def _gradients_bwd(static: Static, saved: tuple, cotangents: Args) -> tuple:
         )[0]
 
     by_args, by_cotangents = jax.vjp(gradients, args, before)[1](cotangents)
-    # What was kept follows from the arguments, whose gradient therefore has its part.
+    # What was stored follows from the arguments, whose gradient covers it already.
     return by_args, None, jax.tree.map(jnp.zeros_like, kept), by_cotangents
 
 
@@ -256,7 +256,7 @@ _run_and_keep.defvjp(_run_and_keep_fwd, _run_and_keep_bwd)
 _gradients.defvjp(_gradients_fwd, _gradients_bwd)
 
 
-# Blocks of steps, computed again for their gradients.
+# Blocks of steps that are computed again for their gradients.
 
 
 def _size(static: Static) -> int:
@@ -265,7 +265,7 @@ def _size(static: Static) -> int:
 
 
 def _forward_in_blocks(static: Static, args: Args, flags: Flags) -> tuple[Out, Carries]:
-    # By XLA's loop, which leaves the outputs out where nothing reads them.
+    # A loop of XLA, which leaves out the outputs if nothing reads them.
     time, every = args.xs.shape[1], _size(static)
 
     def run(state: tuple[Out, Carries], start: Array, steps: int) -> tuple:
@@ -295,7 +295,7 @@ def _forward_in_blocks(static: Static, args: Args, flags: Flags) -> tuple[Out, C
     return state
 
 
-# The calls of the library.
+# Calls of the library.
 
 
 def _forward(
@@ -323,7 +323,7 @@ def _backward(
     again = [none] * 3
     if isinstance(kept, Kept):
         stored = kept
-        # Of larger weights XLA computes the product, once all cotangents are there.
+        # For larger weights XLA computes the product once all cotangents are there.
         inputs = 0 < args.w_ih.size < LARGE
     else:
         every = min(every, _size(static))
@@ -331,8 +331,8 @@ def _backward(
         each = (lead[0], every, size)
         again = [each, (*each[:2], 4 * size), none if static.gru else each]
         inputs = args.w_ih.size > 0
-    # What a step has read can give its place to what is written later: the cotangents
-    # of outputs to those of inputs, and the gates of an LSTM to theirs.
+    # Results may take over the memory of what a step has read already: cotangents of
+    # inputs that of outputs, and cotangents of an LSTM's gates that of the gates.
     aliases = {}
     if inputs and args.xs.shape == cotangents.ys.shape:
         aliases = {12: 0}

@@ -1,8 +1,8 @@
 """Products with weights inside a loop, in C++.
 
-XLA orders the weights of a product anew at every step, and computes a small product on
-one core of a CPU. Here weights are put in order once, before the loop, and each product
-is shared among the cores.
+XLA brings the weights of a product into order again at every step, and computes a small
+product on one core of a CPU. Here the weights are put in order once, before the loop,
+and the cores share each product.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from jlstm.types import Array, PyTree
 
 
 def why_not(request: Request) -> str | None:
-    """Says why XLA computes products, or ``None`` where they are computed here."""
+    """Says why XLA computes products, or ``None`` if C++ does."""
     if request.platform not in (None, "cpu"):
         return f"these are for a CPU, arrays are on a {request.platform}"
     if request.sharded:
         return "rows may lie on several devices outside shard_map"
-    floats = [d for d in sorted(request.dtypes or ()) if "float" in d]  # ids are none
+    floats = [d for d in sorted(request.dtypes or ()) if "float" in d]  # no token ids
     if floats and "float32" not in floats:
         return f"these are for float32, got {', '.join(floats)}"
     reason = library.why_not()
@@ -34,7 +34,7 @@ def why_not(request: Request) -> str | None:
 
 
 def why_not_here() -> str | None:
-    """Says the same of what is traced now."""
+    """Says the same for what is being traced now."""
     here = Request(platform=jax.default_backend(), sharded=may_be_sharded())
     return why_not(here)
 
@@ -42,13 +42,13 @@ def why_not_here() -> str | None:
 def with_weights(fun: Callable, params: PyTree, *args: PyTree) -> Callable:
     """Returns ``lambda *args: fun(params, *args)``, with its products in C++.
 
-    Those are products of several rows with a leaf of the params, or with its transpose,
-    in float32; others stay as they are.
+    This applies to float32 products of several rows with a leaf of the params, or with
+    its transpose. Other products are unchanged.
 
     Args:
-      fun: a function of params and ``args``.
-      params: the params, to which ``fun`` is bound.
-      *args: arguments like those to come.
+      fun: a function of the params and ``args``.
+      params: the params to bind.
+      *args: examples of the arguments to come.
     """
     if why_not_here() is None:
         closed, shape = jax.make_jaxpr(fun, return_shape=True)(params, *args)
@@ -68,7 +68,7 @@ CONTRACTIONS = {(((1,), (0,)), ((), ())): False, (((1,), (1,)), ((), ())): True}
 
 
 def _products(closed: ClosedJaxpr, weights: dict[Any, Array]) -> dict[int, Any]:
-    """Finds the equations with a product: a :class:`Product`, or those of a call."""
+    """Finds the equations that are products, or calls that contain some."""
     found: dict[int, Any] = {}
     for place, eqn in enumerate(closed.jaxpr.eqns):
         if eqn.primitive.name in ("jit", "pjit"):  # such as that of einsum
@@ -91,14 +91,14 @@ def _products(closed: ClosedJaxpr, weights: dict[Any, Array]) -> dict[int, Any]:
                 and weight in weights
                 and all(aval.ndim == 2 and aval.size for aval in avals)
                 and all(aval.dtype == np.float32 for aval in avals)
-                and rows.aval.shape[0] > 1  # one row reads each weight but once
+                and rows.aval.shape[0] > 1  # one row reads each weight only once
             ):
                 found[place] = Product(weights[weight], transposed)
     return found
 
 
 def _evaluate(closed: ClosedJaxpr, products: dict[int, Any], args: list) -> list:
-    """Evaluates a jaxpr, some equations of which are products."""
+    """Evaluates a jaxpr, with some of its equations replaced by products."""
     jaxpr = closed.jaxpr
     names = [*jaxpr.constvars, *jaxpr.invars]
     values = dict(zip(names, [*closed.consts, *args], strict=True))
@@ -126,12 +126,12 @@ def _evaluate(closed: ClosedJaxpr, products: dict[int, Any], args: list) -> list
 
 
 class Product:
-    """Multiplies rows by a weight, which is put in order when this is made."""
+    """Multiplies rows by a weight, which it puts in order when it is made."""
 
     def __init__(self, weight: Array, transposed: bool):
         self.weight, self.transposed = weight, transposed
         inner, columns = weight.shape[::-1] if transposed else weight.shape
-        # Whole vectors of any set of instructions; the longest has 16 floats.
+        # Whole vectors of any instruction set; the longest ones have 16 floats.
         size = inner * -(-columns // 16) * 16
         (self.packed,) = library.call(
             "jlstm_pack",
@@ -143,8 +143,8 @@ class Product:
     def __call__(self, rows: Array) -> tuple[Array, Array]:
         """Returns the product and the rows.
 
-        As a result, the rows are computed once; XLA would fuse what computes them with
-        each use of theirs.
+        Since the rows are a result too, they are computed once. XLA would otherwise
+        compute them again for each use.
         """
         return _multiply(self.transposed, rows, self.weight, self.packed)
 

@@ -1,9 +1,9 @@
-r"""A loop over steps whose rows do not depend on each other, in C++.
+r"""A loop in C++ over steps whose rows do not depend on each other.
 
-The step is any function of JAX whose arithmetic goes element by element, beside
-products of rows with weights. It is traced once, and becomes a program: instructions
-for vectors, in phases, between which products are computed. A thread takes all steps
-with its rows and waits for nobody.
+The step may be any JAX function that computes element by element, except for products
+of rows with weights. It is traced once and becomes a program: vector instructions in
+phases, with products between the phases. A thread runs all steps on its rows and waits
+for no other thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jlstm.kernels.loops import Scan, Span, Steps
 from jlstm.kernels.product import Product
 from jlstm.types import Array, PyTree
 
-# In the order of csrc/program.h.
+# In the same order as in csrc/program.h.
 OPERATIONS = (
     *("load", "splat", "store", "add", "sub", "mul", "div", "max", "min"),
     *("muladd", "mulsub", "submul"),  # a b + c, a b - c, c - a b
@@ -48,9 +48,9 @@ def bind(step: Callable, fixed: PyTree, steps: Steps) -> Program:
     """Makes the loop of a step; see :class:`jlstm.kernels.loops.Loop`.
 
     Args:
-      step: ``(fixed, *steps) -> (state, sums, outs, written, stored)``.
+      step: a function ``(fixed, *steps) -> (state, sums, outs, written, stored)``.
       fixed: what is the same for all steps: params, and arrays ``[B, ...]``.
-      steps: those of one step; only shapes and dtypes count.
+      steps: the arguments of one step; only their shapes and dtypes count.
 
     Raises:
       Unsuited: naming what the step does that a program cannot.
@@ -107,12 +107,12 @@ class _Store(NamedTuple):
 
 
 class _Code:
-    """Instructions in phases, and the products after each phase."""
+    """The instructions in phases, and the products after each phase."""
 
     def __init__(self, graph: Graph, stores: list[tuple[int, Row]]):
         self.graph = graph
         self.links: list[tuple[int, int, Link]] = []  # phase, place of the rows
-        # Nodes come after their arguments, and what a product makes after its rows.
+        # Nodes come after their arguments, and loads of a product after its rows.
         by_place = {link.place: link for link in graph.links}
         self._levels: list[int] = []  # the phase in which a node can be computed
         for op, *args in list(graph.nodes):
@@ -148,7 +148,7 @@ class _Code:
         return max(self._levels[node] for node in row.columns)
 
     def _memory(self, row: Row) -> int | None:
-        """The place that has a row as it is."""
+        """Returns the place that holds a row as it is, or ``None``."""
         op, place, *_ = self.graph.nodes[row.columns[0]]
         moved = op in ("load", "splat", "whole")
         if not moved or self.graph.places[place].kind == "same":
@@ -161,21 +161,21 @@ class _Code:
             node = row.column(i)
             op, *args = nodes[node]
             if op in ("load", "splat") and args == [place, i]:
-                continue  # a state that stays as it is
-            # Other phases may still read a state; and what is but moved can wait for
-            # the phase that reads it anyway.
+                continue  # a state that does not change
+            # Other phases may still read a state. A copy can wait for the phase that
+            # reads its source anyway.
             moved = op in ("load", "splat") and kind != "scratch"
             late = moved or kind == "state"
             number = len(phases) - 2 if late else self._levels[node]
-            # All vectors of a row read its one element, so that no phase which uses it
-            # may write it.
+            # All vectors of such a row read its single element, so no phase that uses
+            # it may write it.
             if kind == "state" and self.graph.places[place].width < self.graph.unit:
                 number = len(phases) - 1
             phases[number].append(_Store(place, i, node))
 
     def _order(self, phases: list[list[_Store]]) -> None:
-        """Orders the instructions of phases, and gives registers to their results."""
-        self._spilled: dict[int, int] = {}  # what later phases read, and its places
+        """Orders the instructions of each phase, and assigns registers to results."""
+        self._spilled: dict[int, int] = {}  # nodes that later phases read, by place
         self._constants: dict[int, int] = {}  # their registers
         orders: list[list[_Instruction]] = [[] for _ in phases]
         for number in reversed(range(len(phases))):
@@ -186,7 +186,7 @@ class _Code:
                 store = _Instruction("store", None, (place, column), (node,))
                 last = self.graph.places[place].kind == "state"
                 (states if last else orders[number]).append(store)
-            orders[number] += states  # once nothing reads the old ones
+            orders[number] += states  # after all reads of the old ones
         self.constants = [self.graph.nodes[node][1] for node in self._constants]
         self.registers = len(self.constants)
         self.instructions: list[tuple[int, ...]] = []
@@ -207,7 +207,7 @@ class _Code:
         order: list[_Instruction],
         seen: set[int],
     ) -> None:
-        """Adds what computes a node in a phase, after what that reads."""
+        """Adds the instructions for a node to a phase, arguments first."""
         stack = [(node, False)]
         while stack:
             node, ready = stack.pop()
@@ -254,7 +254,7 @@ class _Code:
 
 
 def _fuse(order: list[_Instruction]) -> list[_Instruction]:
-    """Joins a product that is read once to the sum or difference that reads it."""
+    """Fuses a product that is read once with the sum or difference that reads it."""
     made = {item.result: item for item in order}
     uses: dict[int, int] = {}
     for item in order:
@@ -280,13 +280,13 @@ def _fuse(order: list[_Instruction]) -> list[_Instruction]:
 
 
 class Program:
-    """The loop in C++, with weights that are put in order when this is made."""
+    """The loop in C++; its weights are put in order when it is made."""
 
     axis = 1
 
     def __init__(self, step: Callable, fixed: PyTree, shapes: tuple, code: _Code):
         self.code, self.shapes, self.fixed = code, shapes, fixed
-        # What each place of the kinds rows and same has, in order.
+        # The values of places of the kinds rows and same, in order.
         places = code.graph.places
         same = [place.value for place in places if place.kind in ("rows", "same")]
         products = [
@@ -337,7 +337,7 @@ class Program:
         zeros = [jnp.zeros((graph.batch, *leaf.shape), np.float32) for leaf in sums]
         given["state"], given["kept"] = [*states, *zeros], jax.tree.leaves(steps[3:])
         given["written"] = jax.tree.leaves(to)
-        # In the order of places, in which rows and same are mixed.
+        # In the order of places, where the kinds rows and same are mixed.
         taken = {kind: iter(leaves) for kind, leaves in given.items()}
         taken["rows"] = taken["same"] = iter(same)
         operands: list[Any] = [starts]
@@ -400,7 +400,7 @@ class Program:
 
 
 def _plain(step: Callable, span: Span, fixed: PyTree, steps: Steps, to: tuple) -> tuple:
-    """The same loop by XLA, for its derivatives."""
+    """Runs the same loop by XLA, for its derivatives."""
     loop = Scan(functools.partial(step, fixed))
     inputs, stored = time_major((steps.inputs, steps.stored))
     steps = steps._replace(inputs=inputs, stored=stored)

@@ -1,7 +1,7 @@
-"""What of the arrays that are stored of a step follows from the others.
+"""Finds which of the arrays stored for a step follow from the others.
 
-To compute it again costs a few operations on what is in registers then; to store it
-costs memory, and the time to write and to read it.
+Computing such an array again takes a few operations on numbers that are in registers
+then. Storing it takes memory, and time to write and read it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ MOST_CHEAP, MOST_DEAR = 4, 1
 
 
 class Recipe(NamedTuple):
-    """Makes one array from some that are stored."""
+    """Computes one array from some that are stored."""
 
     made: int
     of: tuple[int, ...]
     fun: ClosedJaxpr
 
     def __call__(self, arrays: Sequence[Array]) -> Array:
-        """Makes the array; ``arrays`` are all, of which some are read."""
+        """Computes the array; ``arrays`` are all arrays, of which some are read."""
         return jaxpr_as_fun(self.fun)(*(arrays[i] for i in self.of))[0]
 
 
@@ -36,9 +36,9 @@ def find(fun: Callable, args: tuple, locked: set[int]) -> list[Recipe]:
     """Finds which results of ``fun(*args)`` follow from other results by little work.
 
     Args:
-      fun: returns a list of arrays, none of them twice.
-      args: its arguments; only shapes and dtypes count.
-      locked: the numbers of results to be stored in any case.
+      fun: a function that returns a list of different arrays.
+      args: its arguments; only their shapes and dtypes count.
+      locked: the indices of results that must be stored in any case.
     """
     closed = jax.make_jaxpr(fun)(*args)
     jaxpr = closed.jaxpr
@@ -72,7 +72,7 @@ def find(fun: Callable, args: tuple, locked: set[int]) -> list[Recipe]:
 def _collect(
     jaxpr: Any, producers: dict, have: set, var: Any, equations: set, inputs: set
 ) -> bool:
-    """Collects what makes a variable of those that there are, unless it is too much."""
+    """Collects the equations for a variable, unless they are too much work."""
     if isinstance(var, Literal):
         return True
     if var in have:
@@ -91,13 +91,13 @@ def _collect(
 
 
 def _work(eqn: Any) -> tuple[float, float]:
-    """How many cheap and dear operations an equation takes for each element."""
+    """Counts the cheap and the dear operations of an equation for each element."""
     name, none = eqn.primitive.name, (float("inf"), 0.0)
     if name in ("custom_jvp_call", "jit", "pjit"):
         inner = eqn.params.get("call_jaxpr") or eqn.params["jaxpr"]
         parts = [_work(each) for each in inner.jaxpr.eqns]
         return sum(p[0] for p in parts), sum(p[1] for p in parts)
-    if name == "split":  # into one
+    if name == "split":  # into one part
         return (0.0, 0.0) if len(eqn.outvars) == 1 else none
     if len(eqn.outvars) != 1 or name not in CHEAP | DEAR:
         return none

@@ -1,4 +1,4 @@
-"""What a call asks of a loop, beside the cell."""
+"""What a call asks of a loop, apart from the cell."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ NEEDS_NUMBERS = "needs sizes that are numbers, got symbols, as in an exported pr
 
 
 class Request(NamedTuple):
-    """What decides whether a loop can run; ``None`` is what is not known yet.
+    """The facts that decide whether a loop can run; ``None`` means not known yet.
 
     Attributes:
-      platform: where arrays live: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
-      dtypes: names of the dtypes of params, inputs and carry.
+      platform: where the arrays are: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+      dtypes: the names of the dtypes of params, inputs and carry.
       mask: how steps are masked: ``""`` not at all, ``"lengths"`` at the end of rows,
         ``"mask"`` anywhere.
       resets: whether the fresh carry is restored somewhere.
@@ -25,8 +25,8 @@ class Request(NamedTuple):
       return_carries: whether the carry after each step is wanted.
       checkpoint_every: whether a gradient computes steps again.
       sharded: whether the rows of a batch may lie on several devices.
-      any_size: whether the batch or the time is a symbol, as in an exported program.
-      inputs: structure, and shapes and dtypes of the leaves, of ``xs``.
+      any_size: whether batch size or time are symbols, as in an exported program.
+      inputs: the structure of ``xs``, and the shapes and dtypes of its leaves.
     """
 
     platform: str | None = None
@@ -41,9 +41,9 @@ class Request(NamedTuple):
     inputs: tuple[Any, tuple] | None = None
 
     def exceeds(self, platform: str) -> str | None:
-        """Says why a plain loop for float32 on one platform is not enough.
+        """Says what a plain loop for float32 on one platform lacks, or ``None``.
 
-        A plain loop stores every step of a batch that lies on one device.
+        A plain loop stores every step, and takes a batch that lies on one device.
         """
         if self.any_size:
             return NEEDS_NUMBERS
@@ -69,7 +69,7 @@ _in_one_place = ContextVar("in_one_place", default=False)
 
 @contextlib.contextmanager
 def rows_in_one_place() -> Iterator[None]:
-    """Says of what is traced inside that no batch is cut over devices."""
+    """Declares that what is traced inside has no batch cut over devices."""
     token = _in_one_place.set(True)
     try:
         yield
@@ -78,7 +78,7 @@ def rows_in_one_place() -> Iterator[None]:
 
 
 def may_be_sharded() -> bool:
-    """Whether the batch may be cut over devices, so that a reshape would gather it."""
+    """Tells whether the batch may be cut over devices; a reshape would gather it."""
     if _in_one_place.get():
         return False
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,4 +1,4 @@
-"""The reference: one plain ``lax.scan`` over time, for any cell."""
+"""The reference loop: one plain ``lax.scan`` over time, for any cell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jlstm.types import Array, Cell, PyTree, where_rows, zero_rows
 
 
 def why_not(cell: Cell, request: Request) -> str | None:
-    """Says why this loop cannot run a cell: it always can."""
+    """Returns ``None``, since this loop can run any cell."""
     del cell, request
     return None
 
@@ -28,25 +28,25 @@ def unroll(
     return_carries: bool = False,
     checkpoint_every: int | None = None,
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """Runs a cell over a sequence; every kernel has this signature.
+    """Runs a cell over a batch of sequences; every loop has this signature.
 
     Args:
       cell: any cell.
-      params: what ``prepare`` returned, or the params.
-      xs: ``[B, T, ...]``, zero where masked.
+      params: its params, or what ``prepare`` made of them.
+      xs: ``[B, T, ...]``, zero at masked steps.
       carry: the incoming carry, ``[B, ...]``.
       fresh: the fresh carry, ``[B, ...]``, which resets restore.
       mask: ``[B, T]``, true at valid steps; ``None`` if all are.
-      resets: ``[B, T]``, true where the fresh carry is restored before the step is
-        taken, in the order in which steps are taken.
-      reverse: takes the steps from the last to the first.
-      return_carries: also stacks the carries.
-      checkpoint_every: a gradient stores the carry once in so many steps, and computes
-        the steps between again.
+      resets: ``[B, T]``, true where the fresh carry is restored before a step, in the
+        order in which steps are taken; ``None`` for nowhere.
+      reverse: whether to take the steps from the last to the first.
+      return_carries: whether to return the carry after each step too.
+      checkpoint_every: the number of steps between two carries that are stored for a
+        gradient, which computes the steps between them again; ``None`` stores all.
 
     Returns:
-      ``(ys, carry, carries)``: outputs ``[B, T, ...]``, zero where masked; the final
-      carry; and the carry after each step, ``[B, T, ...]``, or ``None``.
+      ``(ys, carry, carries)``: the outputs ``[B, T, ...]``, zero at masked steps; the
+      final carry; and the carry after each step, ``[B, T, ...]``, or ``None``.
     """
 
     def body(carry: PyTree, inputs: tuple) -> tuple[PyTree, tuple[PyTree, PyTree]]:
