@@ -1,17 +1,17 @@
 """The adding problem: remembering two numbers over hundreds of steps.
 
-Each of T steps shows a number from U(0, 1) and a mark; two steps are marked, one in
-each half, and the answer, due after the last step, is the sum of their numbers.
-Answering 1 each time has a mean squared error of 1/6, which is the floor. An LSTM
-learns to keep the two numbers; a simple recurrent network (Elman) forgets them.
+Each of T steps shows a number from U(0, 1) and a mark. Two steps are marked, one in
+each half. After the last step the network must answer the sum of the two marked
+numbers. Always answering 1 gives a mean squared error of 1/6, which is the floor. An
+LSTM learns to keep the two numbers; a simple recurrent network (Elman) forgets them.
 
     python experiments/adding.py --workdir runs/adding
     python experiments/adding.py --preset cpu --lengths 100 400
 
-The LSTM's gate biases begin by chrono initialisation (Tallec & Ollivier, 2018), which
-spreads its memory times over the length of the sequence; the Elman net begins with an
-orthogonal recurrent matrix. Both train alike, on fresh sequences, and are scored on the
-same 2,000 others.
+The gate biases of the LSTM begin with chrono initialisation (Tallec & Ollivier, 2018),
+which spreads its memory times over the length of the sequence. The Elman network begins
+with an orthogonal recurrent matrix. Both are trained alike, on sequences that are drawn
+anew for each update, and scored on the same 2,000 others.
 
 Paper: Hochreiter & Schmidhuber, Long short-term memory, 1997, experiment 4.
 """
@@ -31,22 +31,22 @@ from jlstm import train
 
 @dataclasses.dataclass(frozen=True)
 class Config(train.Options):
-    """Options of the experiment."""
+    """Options of the adding problem."""
 
     lengths: tuple[int, ...] = (100, 400)
-    """Steps of a sequence, T; one run of each net a length."""
+    """Lengths T of the sequences; each network is trained once for each length."""
     hidden_size: int = 64
-    """Width of the layer."""
+    """Hidden units of each network."""
     batch_size: int = 64
-    """Sequences an update."""
+    """Sequences in each update."""
     num_steps: int = 2_500
-    """Updates of each net."""
+    """Updates of each network."""
     learning_rate: float = 4e-3
-    """At its highest."""
+    """Highest learning rate of the schedule."""
     schedule: train.Schedule = train.Cosine(warmup=0.05)
     """How the learning rate rises and falls."""
     test_size: int = 2_000
-    """Sequences scored at the end."""
+    """Sequences on which each network is scored at the end."""
 
 
 PRESETS = {
@@ -76,7 +76,7 @@ def stream(seed: int, batch: int, length: int) -> Iterator[dict[str, np.ndarray]
 
 
 def cells(config: Config, length: int) -> dict[str, jlstm.Cell]:
-    """The two nets, by name."""
+    """Makes the cells of the two networks, by name."""
     chrono = jlstm.init.Chrono(length)
     return {
         "LSTM": jlstm.LSTM(config.hidden_size, forget_bias=chrono),
@@ -87,7 +87,7 @@ def cells(config: Config, length: int) -> dict[str, jlstm.Cell]:
 def fit_one(
     config: Config, workdir: train.Workdir, name: str, cell: jlstm.Cell, length: int
 ) -> float:
-    """Trains one net on sequences of one length, and returns its test error."""
+    """Trains one network on sequences of one length, and returns its test error."""
     model = jlstm.Classifier(jlstm.RNN(cell), num_classes=1)
 
     def loss_fn(params, batch, *, key, carry):
@@ -120,7 +120,7 @@ def fit_one(
 
 
 def plot(config: Config, workdir: train.Workdir, floor: float) -> None:
-    """Plots the errors of all nets over the updates, a panel a length."""
+    """Plots the errors of all networks over the updates, one panel for each length."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -149,7 +149,7 @@ def plot(config: Config, workdir: train.Workdir, floor: float) -> None:
 
 
 def main(config: Config) -> dict:
-    """Trains both nets at each length."""
+    """Trains both networks at each length, and scores them."""
     if config.data is not None:
         raise ValueError("adding: takes no --data; its sequences are drawn")
     if not config.lengths or min(config.lengths) < 3:

@@ -1,10 +1,10 @@
-"""A character LSTM learns to write Python.
+"""A character LSTM learns to write: Python, or any text.
 
-Trained on the source of CPython's standard library, or on any UTF-8 text (--data FILE),
-by truncated backpropagation through time; whole files are held out for validation (of a
-single text, its last tenth). The score is bits per character on the validation text,
-beside the floor: the best interpolated 3- to 8-gram model of the training text on the
-same characters.
+It is trained on the source of CPython's standard library, or on any UTF-8 text (--data
+FILE), by truncated backpropagation through time. Whole files are held out for
+validation; of a single text, the last tenth. The score is bits per character on the
+validation text. The floor is the best interpolated 3- to 8-gram model of the training
+text, scored on the same characters.
 
     python experiments/char_lm.py --workdir runs/char_lm
     python experiments/char_lm.py --workdir runs/char_lm --generate "def "
@@ -29,40 +29,41 @@ from jlstm import data, train
 
 @dataclasses.dataclass(frozen=True)
 class Config(train.Options):
-    """Options of the experiment."""
+    """Options of the character model."""
 
     corpus: int = 4_000_000
-    """Characters of the standard library to read; --data reads a file whole."""
+    """Characters of the standard library to read; a file given by --data is read
+    whole."""
     num_layers: int = 1
-    """Recurrent layers."""
+    """Number of LSTM layers."""
     hidden_size: int = 256
-    """Width of each layer."""
+    """Hidden units of each layer."""
     embed_size: int = 64
-    """Features of a character's vector."""
+    """Features of the vector of each character."""
     dropout: float = 0.0
-    """Of each layer's output."""
+    """Dropout rate after each layer, from 0 to below 1."""
     batch_size: int = 32
-    """Lanes read in parallel."""
+    """Lanes of the text that are read in parallel."""
     length: int = 64
-    """Steps through which gradients flow."""
+    """Characters of a chunk, over which gradients flow."""
     segment: int = 8
-    """Chunks that a lane reads in a row before it jumps to another place."""
+    """Chunks that a lane reads before it jumps to another place."""
     num_steps: int = 1_600
-    """Updates."""
+    """Updates of the params."""
     learning_rate: float = 6e-3
-    """At its highest."""
+    """Highest learning rate of the schedule."""
     schedule: train.Schedule = train.Cosine(warmup=0.05, final_fraction=0.01)
     """How the learning rate rises and falls."""
     weight_decay: float = 0.01
-    """Of matrices."""
+    """Decoupled weight decay of the matrices."""
     implementation: str | None = None
-    """Which loop runs the recurrence; none chooses."""
+    """Loop that runs the recurrence, such as scan or native; none lets jlstm choose."""
     sample: int = 600
-    """Characters to write at the end."""
+    """Characters to generate at the end."""
     temperature: float = 0.6
-    """Below 1 writes what is more likely."""
+    """Temperature of generation; below 1 prefers likely characters."""
     generate: str | None = None
-    """Writes on from this text with the finished run in --workdir; does not train."""
+    """Continue this text with the finished run in --workdir, without training."""
 
 
 PRESETS = {
@@ -106,7 +107,7 @@ def make_model(config: Config, vocabulary: data.Vocabulary) -> jlstm.LanguageMod
 
 
 def main(config: Config) -> dict:
-    """Trains, scores, writes a sample; or only writes, with ``generate``."""
+    """Trains, scores and writes a sample; or only writes, with ``generate``."""
     if config.generate is not None:
         return continue_text(config)
     workdir = train.Workdir(config, experiment="char_lm")
@@ -207,7 +208,7 @@ def write(
     vocabulary: data.Vocabulary,
     prompt: str,
 ) -> str:
-    """Writes on from a prompt, which must be of known characters."""
+    """Continues a prompt, whose characters must be in the vocabulary."""
     ids = jnp.asarray(vocabulary.encode(prompt))[None]
     options = {"temperature": config.temperature, "key": jax.random.key(config.seed)}
     out = jlstm.generate(model, params, ids, config.sample, **options)
@@ -215,7 +216,7 @@ def write(
 
 
 def continue_text(config: Config) -> dict:
-    """Writes on from ``--generate`` with the params of a finished run."""
+    """Continues the text of ``--generate`` with the params of a finished run."""
     workdir = config.workdir
     if workdir is None or not (Path(workdir) / "result.json").exists():
         raise ValueError(

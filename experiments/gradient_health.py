@@ -1,9 +1,9 @@
 """How far gradients reach at initialisation: the norm of dh_T/dh_0 against T.
 
-A gradient that goes back over T steps is multiplied by the Jacobian dh_T/dh_0. Where
-its norm falls, what happened T steps ago cannot be learned; where it rises, learning is
-unstable. This is the largest singular value of that Jacobian for many cells, before any
-training, on noise: the median over rows.
+A gradient that goes back over T steps is multiplied by the Jacobian dh_T/dh_0. If the
+norm of the Jacobian falls, what happened T steps ago cannot be learned; if it rises,
+learning is unstable. This script computes the norm (the largest singular value) for
+many cells before any training, on random inputs. Each curve is the median over rows.
 
     python experiments/gradient_health.py --workdir runs/gradient_health
 
@@ -27,16 +27,17 @@ from jlstm import diagnostics, train
 
 @dataclasses.dataclass(frozen=True)
 class Config(train.Options):
-    """Options of the experiment."""
+    """Options of the measurement."""
 
     length: int = 500
-    """The greatest T."""
+    """Largest number of steps, T."""
     hidden_size: int = 32
-    """Width of the layer, and of its inputs."""
+    """Hidden units of each cell, and features of its inputs."""
     input_scale: float = 0.1
-    """Deviation of the inputs; large ones saturate, and forget sooner."""
+    """Standard deviation of the inputs; larger inputs saturate gates, which forget
+    sooner."""
     batch_size: int = 8
-    """Rows, of which the median is taken."""
+    """Rows of the batch, over which the median is taken."""
 
 
 PRESETS = {
@@ -47,7 +48,7 @@ PRESETS = {
 
 
 def cells(config: Config) -> dict[str, dict[str, Any]]:
-    """The cells by name, in panels."""
+    """Makes the cells by name, grouped into panels."""
     size, init = config.hidden_size, jlstm.init
     elman = functools.partial(jlstm.Elman, size)
     return {
@@ -76,9 +77,9 @@ def cells(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def norms(config: Config, cell: Any) -> diagnostics.JacobianNorms:
-    """Computes the norms of dh_t/dh_0, t from 1 on.
+    """Computes the norms of dh_t/dh_0 for t from 1 on.
 
-    Of a cell without an h, such as the LRU, the whole carry counts.
+    For a cell without an h, such as the LRU, it takes the whole carry.
     """
     keys = jax.random.split(jax.random.key(config.seed))
     shape = (config.batch_size, config.length, config.hidden_size)
@@ -91,7 +92,7 @@ def norms(config: Config, cell: Any) -> diagnostics.JacobianNorms:
 def plot(
     found: dict[str, dict[str, diagnostics.JacobianNorms]], workdir: train.Workdir
 ) -> None:
-    """Plots the norms over T, a panel a family."""
+    """Plots the norms over T, one panel for each family of cells."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -111,7 +112,7 @@ def plot(
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Runs the experiment."""
+    """Measures all cells, plots the norms, and writes the result."""
     workdir = train.Workdir(config, experiment="gradient_health")
     if workdir.result is not None:
         return workdir.result

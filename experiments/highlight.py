@@ -1,12 +1,12 @@
 """A BiLSTM highlights Python, and shows why both directions matter.
 
-Every character of CPython's standard-library source gets the class of its token (as
-`tokenize` says): a keyword, a call, a definition, a string, ... Reading from left to
-right, one cannot know that `pri` begins a call until its bracket comes, nor that `i`
-is a name and not an `if`; a net that reads both ways can. A BiLSTM is set beside an
-LSTM of as many parameters that reads forward only, and beside the floor: the most
-frequent class of each character. Whole files are held out for validation and for the
-test; the test files are scored once.
+Each character of CPython's standard-library source is labelled with the class of its
+token, as `tokenize` says: keyword, call, definition, string and so on. A reader from
+left to right cannot know that `pri` begins a call before the bracket comes, nor whether
+`i` is a name or the start of `if`; a network that reads both ways can. A BiLSTM is
+compared with an LSTM of about as many parameters that reads forward only. The floor is
+the most frequent class of each character. Whole files are held out for validation and
+for the test, and the test files are scored once.
 
     python experiments/highlight.py --workdir runs/highlight
 
@@ -28,22 +28,23 @@ from jlstm import data, train
 
 @dataclasses.dataclass(frozen=True)
 class Config(train.Options):
-    """Options of the experiment."""
+    """Options of the tagger."""
 
     corpus: int = 3_000_000
     """Characters of the standard library to read."""
     embed_size: int = 32
-    """Features of a character's vector."""
+    """Features of the vector of each character."""
     hidden_size: int = 96
-    """Width of each direction; the LSTM's is chosen to match the parameters."""
+    """Hidden units of each direction of the BiLSTM; the LSTM gets as many as match its
+    number of parameters."""
     batch_size: int = 32
-    """Windows an update."""
+    """Windows in each update."""
     length: int = 256
-    """Characters of a window."""
+    """Characters of each window."""
     num_steps: int = 1_500
-    """Updates of each net."""
+    """Updates of each network."""
     learning_rate: float = 6e-3
-    """At its highest."""
+    """Highest learning rate of the schedule."""
     schedule: train.Schedule = train.Cosine(warmup=0.05)
     """How the learning rate rises and falls."""
 
@@ -74,7 +75,7 @@ COLOURS = {
 def windows(
     files: list[tuple[str, str]], vocabulary: data.Vocabulary, length: int
 ) -> dict[str, np.ndarray]:
-    """Cuts files into windows, the last of each padded: ``[N, T]`` arrays."""
+    """Cuts files into windows, the last of each file padded: ``[N, T]`` arrays."""
     rows: dict[str, list[np.ndarray]] = {"chars": [], "classes": []}
     for _, source in files:
         arrays = (vocabulary.encode(source), data.python_token_classes(source))
@@ -86,14 +87,14 @@ def windows(
 
 
 def count(model: jlstm.Tagger) -> int:
-    """The number of parameters of a model of characters."""
+    """Counts the parameters of a model of characters."""
     example = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), example)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def make_models(config: Config, num_symbols: int) -> dict[str, jlstm.Tagger]:
-    """The BiLSTM, and the LSTM whose number of parameters is nearest to its."""
+    """Makes the BiLSTM, and the LSTM with the nearest number of parameters."""
 
     def tagger(layer: jlstm.Layer) -> jlstm.Tagger:
         embed = jlstm.Embed(num_symbols, config.embed_size)
@@ -165,7 +166,7 @@ def fit_one(
 def render(
     path, source: str, columns: dict[str, np.ndarray], truth: np.ndarray
 ) -> None:
-    """Draws source once for each labelling, wrong characters on a red ground."""
+    """Draws source once for each labelling, with wrong characters on red."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -202,7 +203,7 @@ def render(
 
 
 def excerpt(files: list[tuple[str, str]], length: int) -> str:
-    """The excerpt of whole lines with the most kinds of tokens in it."""
+    """Picks the excerpt of whole lines with the most kinds of tokens."""
 
     def variety(source: str) -> float:
         labels = data.python_token_classes(source)
@@ -229,7 +230,7 @@ def excerpt(files: list[tuple[str, str]], length: int) -> str:
 
 
 def main(config: Config) -> dict:
-    """Trains both nets, scores them, and draws what they say."""
+    """Trains both networks, scores them, and draws their labels of an excerpt."""
     if config.data is not None:
         raise ValueError(
             "highlight: takes no --data; its labels come from the standard library"

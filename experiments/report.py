@@ -1,13 +1,13 @@
-"""Tables of what experiments and benchmarks measured, from the files they left.
+"""Makes tables from the result files of experiments and benchmarks.
 
-    python experiments/report.py --collect runs/*   # finished runs into results/
-    python experiments/report.py --write            # the tables of both READMEs
+    python experiments/report.py --collect runs/*   # copies finished runs to results/
+    python experiments/report.py --write            # writes the tables of both READMEs
 
-A file in `results/` holds the `result.json`, `config.json` and `env.json` of one run,
-and is named after its experiment, preset and data, and its seed where that is not 0.
-Runs that differ in their seed alone make one row, with mean and deviation. A README
-holds a table between `<!-- NAME -->` and `<!-- end of NAME -->`, NAME being a key of
-`TABLES`.
+A file in `results/` holds the `result.json`, `config.json` and `env.json` of one run.
+Its name consists of the experiment, the preset, the data if any, and the seed if it is
+not 0. Runs that differ only in their seed make one row, with mean and deviation. A
+README holds a table between `<!-- NAME -->` and `<!-- end of NAME -->`, where NAME is a
+key of `TABLES`.
 """
 
 from __future__ import annotations
