@@ -335,7 +335,7 @@ class _Lined:
                 with open(self.path, "ab+") as stream:
                     _cut_half_line(stream)
                 self.begun = True
-            # A file that was removed meanwhile must not be begun anew in silence.
+            # A file that was removed meanwhile must not be recreated silently.
             with open(self.path, "rb+") as stream:
                 stream.seek(0, os.SEEK_END)
                 stream.write(line)

@@ -87,8 +87,8 @@ def data_parallel(loss_fn: LossFn, devices: int) -> LossFn:
             )
             return jax.tree.map(lambda leaf: leaf[None], sums), aux.carry
 
-        # Totals leave one a device and are summed outside, so that each device's
-        # gradient is of its own rows.
+        # Each device returns its totals, which are summed outside, so that the gradient
+        # of each device is that of its own rows.
         sharded = jax.shard_map(
             part,
             mesh=mesh,
