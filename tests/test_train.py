@@ -1036,6 +1036,7 @@ def test_make_schedule_warms_up_and_ends_where_it_says():
             r"schedule.warmup: must lie in \[0, 1",
         ),
         ({"schedule": train.Linear(0.1, 2.0)}, "schedule.final_fraction: must lie in"),
+        ({"schedule": train.Exponential(0.1, 0.0)}, "must be above 0 for Exponential"),
         (
             {"schedule": train.Steps(at=(0.5, 0.5)), "num_steps": 9},
             "schedule.at: must rise, from after",

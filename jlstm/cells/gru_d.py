@@ -190,10 +190,9 @@ class GRUD:
 
     A layer takes a :class:`GRUDInput` of three arrays ``[B, T, D]``. At init nothing
     decays: the last observation stands in for a missing value. The rates are learned. A
-      variable that has not been observed yet has its mean. Give the means of the
-      training data as ``mean_init=jlstm.init.Pretrained(means)``; they are params, so
-      leave the leaf
-    ``mean`` out of training if they are to stay.
+    variable that has not been observed yet has its mean. Give the means of the training
+    data as ``mean_init=jlstm.init.Pretrained(means)``; they are params, so leave the
+    leaf ``mean`` out of training if they are to stay.
 
     A layer that runs in reverse reads ``delta`` as it stands: nothing turns it into the
     time to the next observation.

@@ -291,6 +291,11 @@ def make_schedule(
         if not 0 <= value < most:
             end = ")" if name == "warmup" else "]"
             raise ValueError(f"schedule.{name}: must lie in [0, 1{end}, got {value}")
+    if isinstance(schedule, Exponential) and schedule.final_fraction == 0:
+        raise ValueError(
+            "schedule.final_fraction: must be above 0 for Exponential, got 0; no factor "
+            "leads to 0, but Linear and Cosine do"
+        )
     if num_steps is None:
         if schedule != Constant():
             raise ValueError(f"num_steps: {schedule!r} must know the length of the run")
