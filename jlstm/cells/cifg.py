@@ -59,7 +59,7 @@ def cifg_mix(params: CIFGParams, carry: CIFGCarry, zx: Array) -> Array:
 def cifg_update(
     params: CIFGParams, carry: CIFGCarry, zx: Array, zh: Array
 ) -> tuple[CIFGCarry, Array]:
-    """Applies the gates to the pre-activations ``zx + zh``, ``[..., 3H]``."""
+    """Makes the gates from the pre-activations ``zx + zh``, and applies them."""
     del params
     f, g, o = gates(zx + zh, "sts", "fgo")
     c = g - f * g + f * carry.c
@@ -73,12 +73,13 @@ def cifg_step(
     r"""Advances an LSTM with coupled input and forget gates by one time step.
 
     .. math::
-        f, g, o &= x W_{ih} + h W_{hh} + b \\
-        c' &= \sigma(f) \odot c + (1 - \sigma(f)) \odot \tanh(g) \\
-        h' &= \sigma(o) \odot \tanh(c')
+        a_f, a_g, a_o &= x W_{ih} + h W_{hh} + b \\
+        f, o &= \sigma(a_f), \sigma(a_o), \qquad g = \tanh(a_g) \\
+        c' &= f \odot c + (1 - f) \odot g \\
+        h' &= o \odot \tanh(c')
 
     The letters mean what they mean in :func:`jlstm.lstm_step`; the input gate is what
-    the forget gate leaves, :math:`1 - \sigma(f)`.
+    the forget gate leaves, :math:`1 - f`.
 
     Args:
       params: the weights ``w_ih [D, 3H]``, ``w_hh [H, 3H]`` and ``b [3H]``.

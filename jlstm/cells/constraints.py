@@ -31,9 +31,9 @@ class WeightNorm(Wrapper):
     r"""Learns the length of each column of a weight apart from its direction.
 
     .. math::
-        \hat W_{:,j} = g_j \, \frac{W_{:,j}}{\lVert W_{:,j} \rVert}
+        \hat W_{:,j} = \ell_j \, \frac{W_{:,j}}{\lVert W_{:,j} \rVert}
 
-    At init, :math:`g` is the length that the columns have, so nothing changes. The
+    At init, :math:`\ell_j` is the length that the column has, so nothing changes. The
     product is computed once a sequence, before the loop.
 
     Attributes:

@@ -53,9 +53,10 @@ def conv_lstm_step(
     r"""Advances a convolutional LSTM by one time step.
 
     .. math::
-        i, f, g, o &= W_{ih} * x + W_{hh} * h + b \\
-        c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
-        h' &= \sigma(o) \odot \tanh(c')
+        a_i, a_f, a_g, a_o &= x * W_{ih} + h * W_{hh} + b \\
+        i, f, o &= \sigma(a_i), \sigma(a_f), \sigma(a_o), \qquad g = \tanh(a_g) \\
+        c' &= f \odot c + i \odot g \\
+        h' &= o \odot \tanh(c')
 
     where :math:`*` convolves over the spatial axes. The other letters mean what they
     mean in :func:`jlstm.lstm_step`, at each place of the grid. The paper's peepholes

@@ -76,9 +76,9 @@ def heads_product(h: Array, w_hh: Array) -> Array:
 
 
 def normalise(z: Array, gamma: Array) -> Array:
-    r"""Computes :math:`\gamma \odot (z - \mu) / \sqrt{\sigma^2 + 10^{-5}}`.
+    r"""Computes :math:`\gamma \odot (z - \mu) / \sqrt{s^2 + 10^{-5}}`.
 
-    The mean :math:`\mu` and the variance :math:`\sigma^2` are those of the last axis,
+    The mean :math:`\mu` and the variance :math:`s^2` are those of the last axis,
     computed in float32 at least.
 
     Args:

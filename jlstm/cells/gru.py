@@ -75,7 +75,7 @@ def gru_update(
     activation: Activation = tanh,
     gate_activation: Activation = sigmoid,
 ) -> tuple[GRUCarry, Array]:
-    """Applies the gates to ``zx [..., 3H]`` and ``zh [..., 3H]``."""
+    """Makes the gates from ``zx [..., 3H]`` and ``zh [..., 3H]``, and applies them."""
     del params
     size = carry.h.shape[-1]
     # By split: the transpose of a slice pads with zeros, which XLA does not vectorise.
@@ -102,7 +102,7 @@ def gru_step(
         h' &= (1 - z) \odot n + z \odot h
 
     where a prime marks what is new, and a superscript takes the columns of a gate. The
-    reset gate :math:`r` says how much of the past the candidate :math:`n` sees, the
+    reset gate :math:`r` says how much of the past the candidate :math:`n` sees, and the
     update gate :math:`z` how much of :math:`h` is kept.
 
     Args:
@@ -148,7 +148,7 @@ def gru_reset_before_update(
     activation: Activation = tanh,
     gate_activation: Activation = sigmoid,
 ) -> tuple[GRUCarry, Array]:
-    """Applies the gates to ``zx [..., 3H]`` and ``zh [..., 2H]``."""
+    """Makes the gates from ``zx [..., 3H]`` and ``zh [..., 2H]``, and applies them."""
     size = carry.h.shape[-1]
     x_gates, x_n = jnp.split(zx, [2 * size], axis=-1)
     r, z = activate(x_gates + zh, "ss", tanh, gate_activation, "rz")

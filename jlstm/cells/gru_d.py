@@ -132,19 +132,20 @@ def gru_d_step(
         \gamma_x &= \exp(-\max(0, w_{dx} \odot \delta + b_{dx})) \\
         \gamma_h &= \exp(-\max(0, \delta W_{dh} + b_{dh})) \\
         \hat{x} &= m \odot x + (1 - m) \odot
-            (\gamma_x \odot x_{last} + (1 - \gamma_x) \odot mean) \\
+            (\gamma_x \odot x_{last} + (1 - \gamma_x) \odot \bar{x}) \\
         \hat{h} &= \gamma_h \odot h \\
         r, z &= \sigma(\hat{x} W_{ih}^{r,z} + m W_{mh}^{r,z}
             + \hat{h} W_{hh}^{r,z} + b^{r,z}) \\
         n &= \tanh(\hat{x} W_{ih}^n + m W_{mh}^n
             + (r \odot \hat{h}) W_{hh}^n + b^n) \\
-        h' &= (1 - z) \odot \hat{h} + z \odot n
+        h' &= (1 - z) \odot \hat{h} + z \odot n \\
+        x_{last}' &= m \odot x + (1 - m) \odot x_{last}
 
-    where :math:`m` is the mask and :math:`\delta` the time since a variable was
-    observed. A missing value is replaced by one between the last observation
-    :math:`x_{last}` and the mean, and :math:`h` fades too. As in the paper, the larger
-    :math:`z`, the more of :math:`\hat{h}` is replaced, the opposite of
-    :func:`jlstm.gru_step`.
+    where :math:`m` is the mask, 1 or 0, and :math:`\delta` the time since a variable
+    was observed. A missing value is replaced by one between the last observation
+    :math:`x_{last}` and :math:`\bar{x}`, the param ``mean``; and :math:`h` fades too.
+    As in the paper, the larger :math:`z`, the more of :math:`\hat{h}` is replaced, the
+    opposite of :func:`jlstm.gru_step`.
 
     Args:
       params: the weights ``w_ih [D, 3H]``, ``w_mh [D, 3H]``, ``w_hh [H, 3H]`` and

@@ -75,11 +75,12 @@ def layer_norm_gru_step(
     .. math::
         v &= N(x W_{ih}; \gamma_x) + b, \qquad u = N(h W_{hh}; \gamma_h) \\
         r, z &= \sigma(v^{r,z} + u^{r,z}) \\
-        n &= \tanh(v^n + r \odot (u^n + b_{hh})) \\
+        n &= \tanh(v^n + r \odot (u^n + b_{hh}^n)) \\
         h' &= (1 - z) \odot n + z \odot h
 
-    with :math:`N` as in :func:`jlstm.cells.layer_norm_lstm_step`. It normalises all
-    three gates together; the paper normalises the candidate n apart from the two gates.
+    with :math:`N` as in :func:`jlstm.cells.layer_norm_lstm_step`, and the other letters
+    as in :func:`jlstm.gru_step`. :math:`N` normalises all three gates together; the
+    paper normalises the candidate :math:`n` apart from the two gates.
 
     Args:
       params: the weights ``w_ih [D, 3H]``, ``w_hh [H, 3H]``, ``b``, ``gamma_x`` and

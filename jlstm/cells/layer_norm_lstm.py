@@ -75,13 +75,15 @@ def layer_norm_lstm_step(
     r"""Advances a normalised LSTM by one time step.
 
     .. math::
-        N(z; \gamma) &= \gamma \odot \frac{z - \mu}{\sqrt{\sigma^2 + 10^{-5}}} \\
-        i, f, g, o &= N(x W_{ih}; \gamma_x) + N(h W_{hh}; \gamma_h) + b \\
-        c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
-        h' &= \sigma(o) \odot \tanh(N(c'; \gamma_c) + \beta_c)
+        N(a; \gamma) &= \gamma \odot \frac{a - \mu}{\sqrt{s^2 + 10^{-5}}} \\
+        a_i, a_f, a_g, a_o &= N(x W_{ih}; \gamma_x) + N(h W_{hh}; \gamma_h) + b \\
+        i, f, o &= \sigma(a_i), \sigma(a_f), \sigma(a_o), \qquad g = \tanh(a_g) \\
+        c' &= f \odot c + i \odot g \\
+        h' &= o \odot \tanh(N(c'; \gamma_c) + \beta_c)
 
-    where :math:`\mu` and :math:`\sigma^2` are the mean and the variance of all four
-    gates together. The other letters mean what they mean in :func:`jlstm.lstm_step`.
+    where :math:`\mu` and :math:`s^2` are the mean and the variance of the last axis: of
+    all four gates together, and of the memory. The other letters mean what they mean in
+    :func:`jlstm.lstm_step`.
 
     Args:
       params: the weights ``w_ih [D, 4H]``, ``w_hh [H, 4H]``, ``b``, ``gamma_x`` and

@@ -27,7 +27,7 @@ class LRUParams:
       b_im: their imaginary parts, ``[D, S]``.
       c_re: output weights :math:`C`, real parts, ``[S, H]``.
       c_im: their imaginary parts, ``[S, H]``.
-      d: weights from the input to the output, ``[D, H]``.
+      d: weights from the input to the output, :math:`D`, ``[D, H]``.
       re: the eigenvalues' real parts, ``[S]``, which are computed once a sequence;
         ``None`` in what ``init`` makes.
       im: their imaginary parts, ``[S]``.
@@ -97,13 +97,15 @@ def lru_step(params: LRUParams, carry: LRUCarry, x: Array) -> tuple[LRUCarry, Ar
     r"""Advances an LRU by one time step.
 
     .. math::
-        \lambda &= \exp(-e^{\nu} + i e^{\theta}), \qquad B, C \text{ complex} \\
+        \lambda &= \exp(-e^{\nu} + \mathrm{i} e^{\theta}), \qquad
+            B, C \text{ complex} \\
         s' &= \lambda \odot s + e^{\gamma} \odot (x B) \\
         y &= \mathrm{Re}(s' C) + x D
 
     where :math:`\lambda` are the eigenvalues, one for each complex state in :math:`s`,
-    and :math:`i` is the imaginary unit. A modulus :math:`|\lambda|` near 1 remembers
-    for long, since a state is multiplied by it at each step.
+    and :math:`\mathrm{i}` is the imaginary unit. The weights :math:`B`, :math:`C` and
+    :math:`D` have the paper's letters. A modulus :math:`|\lambda|` near 1 remembers for
+    long, since a state is multiplied by it at each step.
 
     Args:
       params: ``nu_log``, ``theta_log`` and ``gamma_log`` ``[S]``, ``b_re`` and ``b_im``

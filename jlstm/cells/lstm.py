@@ -76,7 +76,7 @@ def lstm_update(
     activation: Activation = tanh,
     gate_activation: Activation = sigmoid,
 ) -> tuple[LSTMCarry, Array]:
-    """Applies the gates to the pre-activations ``zx + zh``, ``[..., 4H]``."""
+    """Makes the gates from the pre-activations ``zx + zh``, and applies them."""
     del params
     i, f, g, o = activate(zx + zh, "ssts", activation, gate_activation, "ifgo")
     c = f * carry.c + i * g
@@ -94,14 +94,16 @@ def lstm_step(
     r"""Advances an LSTM by one time step.
 
     .. math::
-        i, f, g, o &= x W_{ih} + h W_{hh} + b \\
-        c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
-        h' &= \sigma(o) \odot \tanh(c')
+        a_i, a_f, a_g, a_o &= x W_{ih} + h W_{hh} + b \\
+        i, f, o &= \sigma(a_i), \sigma(a_f), \sigma(a_o), \qquad g = \tanh(a_g) \\
+        c' &= f \odot c + i \odot g \\
+        h' &= o \odot \tanh(c')
 
-    where a prime marks what is new. The letters :math:`i, f, g, o` are pre-activations:
-    the input gate :math:`\sigma(i)` says what is written to the memory, the forget gate
-    :math:`\sigma(f)` what is kept of it and the output gate :math:`\sigma(o)` what is
-    shown; :math:`\tanh(g)` is the candidate that is written.
+    where a prime marks what is new. The input gate :math:`i` says how much of the
+    candidate :math:`g` is written to the memory, the forget gate :math:`f` how much of
+    the memory is kept, and the output gate :math:`o` how much of it is shown. The
+    pre-activations :math:`a_i, a_f, a_g, a_o` lie side by side in one array
+    ``[..., 4H]``.
 
     Args:
       params: the weights ``w_ih [D, 4H]``, ``w_hh [H, 4H]`` and ``b [4H]``; see

@@ -70,7 +70,7 @@ def lstmp_update(
     cell_clip: float | None = None,
     proj_clip: float | None = None,
 ) -> tuple[LSTMPCarry, Array]:
-    """Applies the gates to ``zx + zh``, ``[..., 4H]``, and projects."""
+    """Makes the gates from ``zx + zh``, ``[..., 4H]``, applies them, and projects."""
     i, f, g, o = gates(zx + zh, "ssts", "ifgo")
     c = _clip(f * carry.c + i * g, cell_clip)
     # Here and not in mix, since the output is the projection.
@@ -93,9 +93,10 @@ def lstmp_step(
     r"""Advances an LSTM with recurrent projection by one time step.
 
     .. math::
-        i, f, g, o &= x W_{ih} + h W_{hh} + b \\
-        c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
-        h' &= (\sigma(o) \odot \tanh(c')) W_{hr}
+        a_i, a_f, a_g, a_o &= x W_{ih} + h W_{hh} + b \\
+        i, f, o &= \sigma(a_i), \sigma(a_f), \sigma(a_o), \qquad g = \tanh(a_g) \\
+        c' &= f \odot c + i \odot g \\
+        h' &= (o \odot \tanh(c')) W_{hr}
 
     The letters mean what they mean in :func:`jlstm.lstm_step`.
 

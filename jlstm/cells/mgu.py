@@ -58,7 +58,7 @@ def mgu_mix(params: MGUParams, carry: MGUCarry, zx: Array) -> Array:
 def mgu_update(
     params: MGUParams, carry: MGUCarry, zx: Array, zh: Array
 ) -> tuple[MGUCarry, Array]:
-    """Applies the gate to ``zx [..., 2H]`` and ``zh [..., H]``."""
+    """Makes the gate from ``zx [..., 2H]`` and ``zh [..., H]``, and applies it."""
     x_f, x_n = jnp.split(zx, 2, axis=-1)
     (f,) = gates(x_f + zh, "s", "f")
     held = f * carry.h
@@ -112,7 +112,7 @@ def mgu_reset_after_mix(params: MGUParams, carry: MGUCarry, zx: Array) -> Array:
 def mgu_reset_after_update(
     params: MGUParams, carry: MGUCarry, zx: Array, zh: Array
 ) -> tuple[MGUCarry, Array]:
-    """Applies the gate to ``zx [..., 2H]`` and ``zh [..., 2H]``."""
+    """Makes the gate from ``zx [..., 2H]`` and ``zh [..., 2H]``, and applies it."""
     del params
     x_f, x_n = jnp.split(zx, 2, axis=-1)
     h_f, h_n = jnp.split(zh, 2, axis=-1)

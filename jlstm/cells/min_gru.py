@@ -58,7 +58,7 @@ def min_gru_update(
     zh: tuple = (),
     activation: Callable[[Array], Array] = jax.nn.identity,
 ) -> tuple[MinGRUCarry, Array]:
-    """Applies the gate to the pre-activations ``zx [..., 2H]``."""
+    """Makes the gate from the pre-activations ``zx [..., 2H]``, and applies it."""
     del params, zh
     z_z, z_n = jnp.split(zx, 2, axis=-1)
     (z,) = gates(z_z, "s", "z")

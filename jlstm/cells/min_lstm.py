@@ -58,7 +58,7 @@ def min_lstm_update(
     zh: tuple = (),
     activation: Callable[[Array], Array] = jax.nn.identity,
 ) -> tuple[MinLSTMCarry, Array]:
-    """Applies the gates to the pre-activations ``zx [..., 3H]``."""
+    """Makes the gates from the pre-activations ``zx [..., 3H]``, and applies them."""
     del params, zh
     z_i, z_f, z_g = jnp.split(zx, 3, axis=-1)
     # By e^-i and e^-f, scaled to be at most 1: if both pre-activations are far below
@@ -85,7 +85,8 @@ def min_lstm_step(
         h' &= \frac{f}{f + i} \odot h + \frac{i}{f + i} \odot g
 
     where :math:`i` and :math:`f` are the gates and :math:`g` is the candidate. Divided
-    by their sum, the two gates make :math:`h'` an average.
+    by their sum, the two gates make :math:`h'` an average;
+    :func:`jlstm.diagnostics.trace` shows :math:`f / (f + i)` under the name ``f``.
 
     Args:
       params: the weights ``w_ih [D, 3H]`` and ``b [3H]``.

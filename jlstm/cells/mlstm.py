@@ -125,11 +125,11 @@ def mlstm_step(
     r"""Advances an mLSTM by one time step.
 
     .. math::
-        q, v, \tilde o, \tilde i, \tilde f &= x W + b, \qquad
-        k = (x W_k + b_k) / \sqrt K \\
-        i &= e^{\tilde i}, \qquad f = \sigma(\tilde f) \text{ or } e^{\tilde f} \\
+        q, a_k, v, a_o, a_i, a_f &= x W_{ih} + b \\
+        k &= a_k / \sqrt K, \qquad o = \sigma(a_o) \\
+        i &= e^{a_i}, \qquad f = \sigma(a_f) \text{ or } e^{a_f} \\
         C' &= f C + i \, k^\top v, \qquad n' = f n + i \, k \\
-        y &= \sigma(\tilde o) \odot \frac{q C'}{\max(|q \cdot n'|, 1)}
+        y &= o \odot \frac{q C'}{\max(|q \cdot n'|, 1)}
 
     for each head. The memory :math:`C` stores the value :math:`v` under the key
     :math:`k`, and the query :math:`q` reads it. So that no exponential overflows, the
@@ -137,7 +137,10 @@ def mlstm_step(
     :math:`n`, with
 
     .. math::
-        m' = \max(\log f + m, \tilde i)
+        m' = \max(\log f + m, a_i)
+
+    The gates are scaled too: :func:`jlstm.diagnostics.trace` shows :math:`e^{-m'} i`
+    and :math:`e^{m - m'} f`.
 
     Args:
       params: the weights ``w_ih [D, G]`` and ``b [G]``; see

@@ -62,7 +62,7 @@ def multi_head_gru_mix(params: MultiHeadGRUParams, carry: GRUCarry, zx: Array) -
 def multi_head_gru_update(
     params: MultiHeadGRUParams, carry: GRUCarry, zx: Array, zh: Array
 ) -> tuple[GRUCarry, Array]:
-    """Applies the gates to ``zx [..., 3H]`` and ``zh [..., 3H]``."""
+    """Makes the gates from ``zx [..., 3H]`` and ``zh [..., 3H]``, and applies them."""
     del params
     size = carry.h.shape[-1]
     x_gates, x_n = jnp.split(zx, [2 * size], axis=-1)
@@ -79,14 +79,15 @@ def multi_head_gru_step(
     r"""Advances a GRU of several heads by one time step.
 
     .. math::
-        u &= (h_1 W_{hh,1}, \dots, h_N W_{hh,N}) \\
+        u^r &= (h_1 W_{hh,1}^r, \dots, h_N W_{hh,N}^r), \qquad
+            \text{likewise } u^z, u^n \\
         r, z &= \sigma(x W_{ih}^{r,z} + u^{r,z} + b^{r,z}) \\
-        n &= \tanh(x W_{ih}^n + b^n + r \odot (u^n + b_{hh})) \\
+        n &= \tanh(x W_{ih}^n + b^n + r \odot (u^n + b_{hh}^n)) \\
         h' &= (1 - z) \odot n + z \odot h
 
-    where :math:`h_n` are the ``H/N`` features of head n. The other letters mean what
-    they mean in :func:`jlstm.gru_step`. Heads do not see each other within a layer; the
-    next layer mixes them.
+    where :math:`h_1, \dots, h_N` are the ``H/N`` features of each head. The other
+    letters mean what they mean in :func:`jlstm.gru_step`. Heads do not see each other
+    within a layer; the next layer mixes them.
 
     Args:
       params: the weights ``w_ih [D, 3H]``, ``w_hh [N, H/N, 3H/N]``, ``b [3H]`` and

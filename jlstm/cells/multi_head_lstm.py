@@ -55,7 +55,7 @@ def multi_head_lstm_mix(
 def multi_head_lstm_update(
     params: MultiHeadLSTMParams, carry: LSTMCarry, zx: Array, zh: Array
 ) -> tuple[LSTMCarry, Array]:
-    """Applies the gates to the pre-activations ``zx + zh``, ``[..., 4H]``."""
+    """Makes the gates from the pre-activations ``zx + zh``, and applies them."""
     del params
     i, f, g, o = gates(zx + zh, "ssts", "ifgo")
     c = f * carry.c + i * g
@@ -69,13 +69,16 @@ def multi_head_lstm_step(
     r"""Advances an LSTM of several heads by one time step.
 
     .. math::
-        i, f, g, o &= x W_{ih} + (h_1 W_{hh,1}, \dots, h_N W_{hh,N}) + b \\
-        c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g) \\
-        h' &= \sigma(o) \odot \tanh(c')
+        a_i &= x W_{ih}^i + (h_1 W_{hh,1}^i, \dots, h_N W_{hh,N}^i) + b^i, \qquad
+            \text{likewise } a_f, a_g, a_o \\
+        i, f, o &= \sigma(a_i), \sigma(a_f), \sigma(a_o), \qquad g = \tanh(a_g) \\
+        c' &= f \odot c + i \odot g \\
+        h' &= o \odot \tanh(c')
 
-    where :math:`h_n` are the ``H/N`` features of head n. The other letters mean what
-    they mean in :func:`jlstm.lstm_step`. Heads do not see each other within a layer;
-    the next layer mixes them.
+    where :math:`h_1, \dots, h_N` are the ``H/N`` features of each head, and a
+    superscript takes the columns of a gate. The other letters mean what they mean in
+    :func:`jlstm.lstm_step`. Heads do not see each other within a layer; the next layer
+    mixes them.
 
     Args:
       params: the weights ``w_ih [D, 4H]``, ``w_hh [N, H/N, 4H/N]`` and ``b [4H]``, for

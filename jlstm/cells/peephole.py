@@ -67,7 +67,7 @@ def peephole_lstm_mix(
 def peephole_lstm_update(
     params: PeepholeLSTMParams, carry: PeepholeLSTMCarry, zx: Array, zh: Array
 ) -> tuple[PeepholeLSTMCarry, Array]:
-    """Applies the gates to the pre-activations ``zx + zh``, ``[..., 4H]``."""
+    """Adds the peepholes to ``zx + zh``, ``[..., 4H]``, and applies the gates."""
     c = carry.c
     w_i, w_f, w_o = (row(w, c) for w in (params.w_ci, params.w_cf, params.w_co))
     z_i, z_f, z_g, z_o = jnp.split(zx + zh, 4, axis=-1)
@@ -84,12 +84,15 @@ def peephole_lstm_step(
     r"""Advances an LSTM with peepholes by one time step.
 
     .. math::
-        i, f, g, o &= x W_{ih} + h W_{hh} + b \\
-        c' &= \sigma(f + w_{cf} \odot c) \odot c
-            + \sigma(i + w_{ci} \odot c) \odot \tanh(g) \\
-        h' &= \sigma(o + w_{co} \odot c') \odot \tanh(c')
+        a_i, a_f, a_g, a_o &= x W_{ih} + h W_{hh} + b \\
+        i &= \sigma(a_i + w_{ci} \odot c) \\
+        f &= \sigma(a_f + w_{cf} \odot c), \qquad g = \tanh(a_g) \\
+        c' &= f \odot c + i \odot g \\
+        o &= \sigma(a_o + w_{co} \odot c') \\
+        h' &= o \odot \tanh(c')
 
-    The letters mean what they mean in :func:`jlstm.lstm_step`. The output gate sees the
+    The letters mean what they mean in :func:`jlstm.lstm_step`, except that :math:`a_i`,
+    :math:`a_f` and :math:`a_o` lack what the peepholes add. The output gate sees the
     new memory, the other two see the old one.
 
     Args:

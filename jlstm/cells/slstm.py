@@ -70,7 +70,7 @@ def slstm_update(
     zh: Array,
     exp_forget: bool = False,
 ) -> tuple[SLSTMCarry, Array]:
-    """Applies the gates to the pre-activations ``zx + zh``, ``[..., 4H]``."""
+    """Makes the gates from the pre-activations ``zx + zh``, and applies them."""
     del params
     log_i, z_f, z_z, z_o = jnp.split(zx + zh, 4, axis=-1)
     z, o = gates(jnp.concatenate([z_z, z_o], axis=-1), "ts", "zo")
@@ -90,20 +90,24 @@ def slstm_step(
     r"""Advances an sLSTM by one time step.
 
     .. math::
-        \tilde i, \tilde f, \tilde z, \tilde o &= x W_{ih} + h W_{hh} + b \\
-        i &= e^{\tilde i}, \qquad f = \sigma(\tilde f) \text{ or } e^{\tilde f} \\
-        c' &= f \odot c + i \odot \tanh(\tilde z), \qquad n' = f \odot n + i \\
-        h' &= \sigma(\tilde o) \odot c' / n'
+        a_i, a_f, a_z, a_o &= x W_{ih} + h W_{hh} + b \\
+        i &= e^{a_i}, \qquad f = \sigma(a_f) \text{ or } e^{a_f} \\
+        z &= \tanh(a_z), \qquad o = \sigma(a_o) \\
+        c' &= f \odot c + i \odot z, \qquad n' = f \odot n + i \\
+        h' &= o \odot c' / n'
 
-    where :math:`W_{hh}` is block-diagonal, with one block for each head, and
-    :math:`\tanh(\tilde z)` is the candidate. An exponential input gate can outweigh
-    everything that came before. So that no exponential overflows, the carry holds
-    :math:`e^{-m} c` and :math:`e^{-m} n` instead of :math:`c` and :math:`n`, with
+    where the :math:`W_{hh}` of each gate is block-diagonal, with one block for each
+    head. As in the paper, :math:`z` is the candidate, and :math:`n` the normaliser. An
+    exponential input gate can outweigh everything that came before. So that no
+    exponential overflows, the carry holds :math:`e^{-m} c` and :math:`e^{-m} n` instead
+    of :math:`c` and :math:`n`, with
 
     .. math::
-        m' = \max(\log f + m, \tilde i)
+        m' = \max(\log f + m, a_i)
 
-    and :math:`m' = \tilde i` at the first step.
+    and :math:`m' = a_i` at the first step. The gates are scaled too:
+    :func:`jlstm.diagnostics.trace` shows :math:`e^{-m'} i` and :math:`e^{m - m'} f`,
+    and 1 for the latter at the first step.
 
     Args:
       params: the weights ``w_ih [D, 4H]``, ``w_hh [N, H/N, 4H/N]`` and ``b [4H]``, for

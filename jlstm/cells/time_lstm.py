@@ -124,9 +124,10 @@ def time_lstm_step(
         c_s &= \tanh(c W_d + b_d) \\
         c^* &= (c - c_s) + c_s \odot d(\Delta t),
             \qquad d(\Delta t) = 1 / \log(e + \Delta t) \\
-        i, f, g, o &= x W_{ih} + h W_{hh} + b \\
-        c' &= \sigma(f) \odot c^* + \sigma(i) \odot \tanh(g) \\
-        h' &= \sigma(o) \odot \tanh(c')
+        a_i, a_f, a_g, a_o &= x W_{ih} + h W_{hh} + b \\
+        i, f, o &= \sigma(a_i), \sigma(a_f), \sigma(a_o), \qquad g = \tanh(a_g) \\
+        c' &= f \odot c^* + i \odot g \\
+        h' &= o \odot \tanh(c')
 
     where :math:`c_s` is the short-term part of the memory, which fades with the time
     :math:`\Delta t` since the step before; the rest, :math:`c - c_s`, does not. The
