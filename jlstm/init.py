@@ -141,13 +141,13 @@ class Chrono:
     r"""Draws the biases of an LSTM or GRU whose units remember for different times.
 
     .. math::
-        b_f \sim \log U(1, T_{max} - 1), \qquad b_i = -b_f
+        b^f \sim \log U(1, T_{max} - 1), \qquad b^i = -b^f
 
     A unit whose forget bias is :math:`\log(t - 1)` forgets over about :math:`t` steps.
     So the memory times of the units spread from 2 steps up to ``max_time``, where a
     constant ``forget_bias`` gives all units the same one. Give it as
     ``LSTM(H, forget_bias=Chrono(max_time))``, or as ``GRU(H, update_bias=...)``, whose
-    :math:`b_z` is then :math:`b_f`.
+    :math:`b^z` is then :math:`b^f`.
 
     Attributes:
       max_time: :math:`T_{max}`, in steps, at least 3: how far back the longest

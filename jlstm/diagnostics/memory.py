@@ -119,11 +119,11 @@ def time_constants(trace: Trace | Traces) -> TimeConstants:
     r"""Computes over how many steps the memory of each unit falls to :math:`1/e`.
 
     .. math::
-        \tau = -1 / \overline{\log |r_t|}
+        \tau = -1 / \overline{\log |\kappa_t|}
 
-    The bar is the average over valid steps, and r is the retention, the fraction of
-    the old carry that a step keeps (see :class:`Trace`). In an LSTM, r is the forget
-    gate: 0.95 gives a time constant of about 20 steps.
+    The bar is the average over valid steps, and :math:`\kappa` is the retention, the
+    fraction of the old carry that a step keeps (see :class:`Trace`). In an LSTM,
+    :math:`\kappa` is the forget gate: 0.95 gives a time constant of about 20 steps.
 
     Args:
       trace: the trace of one recurrence, from :func:`trace`.
@@ -241,13 +241,13 @@ def writes(trace: Trace | Traces) -> Writes:
     r"""Computes how much each step contributed to the final carry.
 
     .. math::
-        c_T = \sum_s (c_s - r_s \odot c_{s-1}) \prod_{t > s} r_t
-            + c_0 \prod_t r_t
+        c_T = \sum_s (c_s - \kappa_s \odot c_{s-1}) \prod_{t > s} \kappa_t
+            + c_0 \prod_t \kappa_t
 
-    with the retention r (see :class:`Trace`). The first factor of a term is what step s
-    wrote, and the product is the part of it that later steps kept. The sum is exact. A
-    masked step writes nothing and keeps everything; a step that begins from the fresh
-    carry keeps nothing.
+    with the retention :math:`\kappa` (see :class:`Trace`). The first factor of a term is
+    what step s wrote, and the product is the part of it that later steps kept. The sum
+    is exact. A masked step writes nothing and keeps everything; a step that begins from
+    the fresh carry keeps nothing.
 
     Args:
       trace: the trace of one recurrence, from :func:`trace`.
