@@ -244,9 +244,9 @@ def writes(trace: Trace | Traces) -> Writes:
         c_T = \sum_s (c_s - \kappa_s \odot c_{s-1}) \prod_{t > s} \kappa_t
             + c_0 \prod_t \kappa_t
 
-    with the retention :math:`\kappa` (see :class:`Trace`). The first factor of a term is
-    what step s wrote, and the product is the part of it that later steps kept. The sum
-    is exact. A masked step writes nothing and keeps everything; a step that begins from
+    with the retention :math:`\kappa` (see :class:`Trace`). The first factor of a term
+    is what step s wrote, and the product is the part of it that later steps kept. The
+    sum is exact. A masked step writes nothing and keeps everything; a step that begins from
     the fresh carry keeps nothing.
 
     Args:

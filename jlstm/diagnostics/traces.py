@@ -26,17 +26,16 @@ class Trace:
         \kappa_t = \left.\frac{\partial c_t}{\partial c_{t-1}}\right|_{zx, zh}
 
     For the ``c`` of an LSTM it is the forget gate :math:`f_t`, for a GRU it is
-    :math:`z_t`. For a cell that
-    has a ``step`` only, it is the diagonal of the step's Jacobian. It belongs to the
-    step itself: resets and masks do not change it.
+    :math:`z_t`. For a cell that has a ``step`` only, it is the diagonal of the step's
+    Jacobian. It belongs to the step itself: resets and masks do not change it.
 
     Attributes:
       path: the path of the recurrence in its layer, such as ``"stack[0]"``.
       cell: the cell.
       reverse: whether the steps were taken from the last to the first.
       gates: the gates and candidates by name, ``[B, T, H]``, after their activation:
-        ``i`` is :math:`\sigma(a_i)`. If the cell gives no names, they are ``s0``, ``t1``
-        and so on, with the letters of :func:`jlstm.gates`.
+        ``i`` is :math:`\sigma(a_i)`. If the cell gives no names, they are ``s0``,
+        ``t1`` and so on, with the letters of :func:`jlstm.gates`.
       memory: the carry after each step, by the names of its parts, ``[B, T, H]`` or the
         shape of the cell. A real part ``re`` and an imaginary part ``im`` become one
         complex ``s``. At masked steps the carry is unchanged.

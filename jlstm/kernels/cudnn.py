@@ -4,7 +4,7 @@ It calls ``jax.experimental.rnn.lstm``, which has the same order of gates, trans
 weights, and two biases:
 
 .. math::
-    z = x W_{ih}^\top + b_{ih} + h W_{hh}^\top + b_{hh}
+    a_i, a_f, a_g, a_o = x W_{ih}^\top + b_{ih} + h W_{hh}^\top + b_{hh}
 
 cuDNN takes padding at the end of rows only, so for the reverse direction the valid
 steps of each row are flipped. It fails on a row of length 0; such a row is given one

@@ -293,8 +293,8 @@ def make_schedule(
             raise ValueError(f"schedule.{name}: must lie in [0, 1{end}, got {value}")
     if isinstance(schedule, Exponential) and schedule.final_fraction == 0:
         raise ValueError(
-            "schedule.final_fraction: must be above 0 for Exponential, got 0; no factor "
-            "leads to 0, but Linear and Cosine do"
+            "schedule.final_fraction: must be above 0 for Exponential, got 0; Linear "
+            "and Cosine can end at 0"
         )
     if num_steps is None:
         if schedule != Constant():
