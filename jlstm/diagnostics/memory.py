@@ -246,8 +246,8 @@ def writes(trace: Trace | Traces) -> Writes:
 
     with the retention :math:`\kappa` (see :class:`Trace`). The first factor of a term
     is what step s wrote, and the product is the part of it that later steps kept. The
-    sum is exact. A masked step writes nothing and keeps everything; a step that begins from
-    the fresh carry keeps nothing.
+    sum is exact. A masked step writes nothing and keeps everything; a step that begins
+    from the fresh carry keeps nothing.
 
     Args:
       trace: the trace of one recurrence, from :func:`trace`.
