@@ -27,8 +27,8 @@ FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
 PAGES = (FOLDER / "README.md", FOLDER.parent / "README.md")
 HEAD = (
-    "| script | task | score | others | floor | time |\n"
-    "|---|---|---|---|---|---|\n"
+    "| script | score | beside it | time |\n"
+    "|---|---|---|---|\n"
 )  # fmt: skip
 Run = dict[str, Any]
 
@@ -88,15 +88,16 @@ def row(runs: Sequence[Run]) -> str:
     if data := config.get("data"):
         command = f"{command[:-1]} --data {data}`"
     score = over_seeds([run["result"]["value"] for run in runs], result)
-    others = "; ".join(
-        f"{name} {over_seeds([run['result']['others'][name] for run in runs], result)}"
-        for name in result["others"]
-    )
     beats = all(run["result"]["beats_floor"] for run in runs)
-    score += f" {result['metric']}" + ("" if beats else " (**not better**)")
-    floor = f"{number(result['floor'], result)}, {result['floor_name']}"
+    score = f"**{score}** {result['metric']}" + ("" if beats else " (**not better**)")
+    floor = f"floor {number(result['floor'], result)}: {result['floor_name']}"
+    beside = [floor] + [
+        f"{over_seeds([run['result']['others'][name] for run in runs], result)}: {name}"
+        for name in result["others"]
+    ]
     time = duration(statistics.fmean(run["result"]["seconds"] for run in runs))
-    return f"| {command} | {task} | {score} | {others} | {floor} | {time} |\n"
+    first = f"{task}<br>{command}"
+    return f"| {first} | {score} | {'<br>'.join(beside)} | {time} |\n"
 
 
 def over_seeds(values: Sequence[float], result: Run) -> str:

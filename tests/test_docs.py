@@ -221,9 +221,11 @@ def test_runs_become_rows(tmp_path, monkeypatch, capsys):
     report.collect([tmp_path / "run0", tmp_path / "run1"])
     assert "adding-cpu-seed1.json" in capsys.readouterr().out
     (line,) = report.table().splitlines()[2:]
-    assert line.startswith("| `adding.py --preset cpu` | The adding problem")
-    score, others = "0.5000 ± 0.3536 (2 seeds) squares", "net 1.500 ± 0.7071 (2 seeds)"
-    assert f"| {score} | {others} | 1.000, nothing | 10 min |" in line
+    assert line.startswith("| The adding problem")
+    assert (
+        "<br>`adding.py --preset cpu` | **0.5000 ± 0.3536 (2 seeds)** squares |" in line
+    )
+    assert "| floor 1.000: nothing<br>1.500 ± 0.7071 (2 seeds): net | 10 min |" in line
     page = "a\n<!-- experiments -->\nold\n<!-- end of experiments -->\nz\n"
     assert report.filled(page) == page.replace("old\n", report.HEAD + line + "\n")
     with pytest.raises(SystemExit, match=r"has no result\.json"):
