@@ -7,7 +7,7 @@ import sys
 USAGE = """usage: python -m jlstm COMMAND
 
   bench   times jlstm beside other libraries; bench --help lists the options
-  doctor  tries whether all is fit for long work here; --dir names a folder to try
+  doctor  checks that long runs work on this machine; --dir names a folder to check
   info    prints versions, devices, the processor and the libraries to compare with"""
 
 

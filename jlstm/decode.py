@@ -86,8 +86,8 @@ def generate(
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
     if key is None and (temperature, top_k, top_p) != (None, None, None):
         raise ValueError(
-            "generate: temperature, top_k and top_p need key=, which draws symbols; "
-            "leave them out for the most likely ones (greedy)"
+            "generate: temperature, top_k and top_p need key=, because they draw "
+            "symbols at random; leave them out for the most likely symbols (greedy)"
         )
     options = (1.0 if temperature is None else float(temperature), top_k, top_p)
     return _generate(model, num_steps, options, params, prompt, lengths, key)

@@ -302,7 +302,7 @@ def check_disk(options: Options) -> str:
     """Looks for free space on the disk."""
     existing = next(p for p in (options.folder, *options.folder.parents) if p.exists())
     if not existing.is_dir():
-        raise Failure(f"{existing} is no folder", "choose another --dir")
+        raise Failure(f"{existing} is not a folder", "choose another --dir")
     free = shutil.disk_usage(existing).free
     text = f"{free / 2**30:.1f} GiB are free in {options.folder}"
     if free < ROOM:

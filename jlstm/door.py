@@ -113,7 +113,8 @@ def unroll(
       checkpoint_every: saves memory where a gradient of a long sequence needs too much.
         With an integer k, the carry is stored once in k steps, and the backward pass
         computes the steps between again, which costs about one more forward pass.
-        ``"sqrt"`` takes the square root of T for k, which needs the least memory.
+        ``"sqrt"`` takes the square root of T for k, which needs nearly the least
+        memory.
         ``None``, the default, stores every step. The results are the same.
       implementation: the loop that runs the cell: ``"native"``, ``"chunkwise"``,
         ``"fused"``, ``"cudnn"``, ``"scan"``, ``"associative"`` or ``"parallel"``.
@@ -399,8 +400,9 @@ def check_xs(cell: Cell, xs: PyTree, where: str) -> None:
         expected = "[B, T" + {0: "]", 1: ", D]"}.get(features, ", ...]")
         raise error(
             where,
-            f"xs must be {expected}, got shape {leaves[0].shape}; {cell!r} takes x of "
-            f"{features} feature dimensions (its attribute x_ndim)",
+            f"xs must be {expected}, got shape {leaves[0].shape}; {cell!r} takes "
+            f"inputs with {features} feature dimension{'s' * (features != 1)} per "
+            "step (its x_ndim)",
         )
 
 
@@ -408,9 +410,10 @@ def _check_shard_map(arrays: PyTree) -> None:
     types = map(jax.typeof, jax.tree.leaves(arrays))
     if any(type_.manual_axis_type.varying for type_ in types):
         raise NotImplementedError(
-            "unroll: inside jax.shard_map, give it check_vma=False; what differs among "
-            "devices is not tracked through a loop, so take gradients outside, or sum "
-            "those of params over the devices yourself"
+            "unroll: inside jax.shard_map, give shard_map check_vma=False, because "
+            "the loops do not track which values differ among devices; take gradients "
+            "outside the shard_map, or sum the gradients of the params over the "
+            "devices yourself"
         )
 
 
@@ -578,7 +581,9 @@ def explain(
     """
     if hasattr(cell, "apply"):
         raise error(
-            "explain", f"needs a cell, got the layer {cell!r}; see summary for layers"
+            "explain",
+            f"needs a cell, got the layer {cell!r}; for a layer, print "
+            "jlstm.summary(layer, xs)",
         )
     check_hashable(cell, "explain")
     request = _request(
@@ -651,6 +656,7 @@ def choose(cell: Cell, implementation: str | None, request: Request = UNKNOWN) -
     reason = IMPLEMENTATIONS[implementation].why_not(cell, request)
     if reason is not None:
         raise NotImplementedError(
-            f"{implementation}: {reason}; use implementation='scan', or None to choose"
+            f"{implementation}: {reason}; use implementation='scan', or None for the "
+            "default"
         )
     return implementation

@@ -220,13 +220,13 @@ def load(path: str | os.PathLike[str]) -> jax.export.Exported:
     data, mark, digest = path.read_bytes().rpartition(MARK)
     if not mark:
         raise ValueError(
-            f"{where}: {path} is no whole file of export.save; read what others wrote "
-            "by jax.export.deserialize"
+            f"{where}: {path} is not a valid file of export.save; read files of "
+            "other programs with jax.export.deserialize"
         )
     if digest != _hash(data):
         raise ValueError(
-            f"{where}: {path} is not as it was written: its SHA-256 is another; get "
-            "the file anew"
+            f"{where}: {path} has changed since it was written (its SHA-256 differs); "
+            "get the file again"
         )
     try:
         return jax.export.deserialize(bytearray(data))
@@ -234,7 +234,7 @@ def load(path: str | os.PathLike[str]) -> jax.export.Exported:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise ValueError(
             f"{where}: JAX {jax.__version__} cannot read {path}: {reason}; export the "
-            "layer anew"
+            "layer again"
         ) from problem
 
 
@@ -244,7 +244,7 @@ def _plain(where: str, layer: Layer, platforms: Sequence[str]) -> Any:
     unknown = [name for name in platforms if name not in KNOWN]
     if isinstance(platforms, str) or unknown or not platforms:
         raise ValueError(
-            f"{where}: platforms must be some of {', '.join(KNOWN)}, got {platforms!r}"
+            f"{where}: platforms must be among {', '.join(KNOWN)}, got {platforms!r}"
         )
     # checkpoint_every is for gradients, and a program has none.
     return compose.replace_recurrences(
@@ -280,8 +280,8 @@ def _check_steps(
     ys, _ = jax.eval_shape(layer.apply, params, inputs)
     if any(leaf.ndim < 2 or leaf.shape[1] != time for leaf in jax.tree.leaves(ys)):
         raise ValueError(
-            f"{where}: needs a layer of one output a step, got {layer!r}, whose "
-            f"outputs are {door.shapes(ys)}; export.sequence takes it"
+            f"{where}: needs a layer with one output for each step, got {layer!r}, "
+            f"whose outputs are {door.shapes(ys)}; export.sequence takes it"
         )
 
 
@@ -297,15 +297,15 @@ def _export(
     except jax.errors.InconclusiveDimensionOperation as problem:
         reason = str(problem).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"{where}: {layer!r} treats few rows or steps otherwise than many "
-            f"({reason}); give constraints=['time >= 3'], say"
+            f"{where}: {layer!r} behaves differently for few rows or steps "
+            f"({reason}); exclude them, for example by constraints=['time >= 3']"
         ) from None
     except ValueError as problem:
         if "custom calls" not in str(problem):
             raise
         reason = str(problem).splitlines()[0]
         raise ValueError(
-            f"{where}: {layer!r} calls code that no program can hold ({reason}); write "
+            f"{where}: {layer!r} calls code that cannot be exported ({reason}); write "
             "that part in JAX"
         ) from problem
 

@@ -59,7 +59,7 @@ class Module(nnx.Module):
         check_layer_field("flax.Module.layer", layer)
         if (params is None) == (xs is None or rngs is None):
             raise ValueError(
-                "flax.Module: give xs and rngs, which make params, or params"
+                "flax.Module: give either params, or xs and rngs to make them"
             )
         if params is None:
             assert rngs is not None

@@ -217,8 +217,8 @@ class Pretrained:
         del key
         if self.values is None:
             raise ValueError(
-                f"{self!r}: the array is not in the file that this was loaded from; "
-                "give jlstm.init.Pretrained(vectors) to init anew"
+                f"{self!r}: was loaded from a file, which does not hold the array; to "
+                "init again, give jlstm.init.Pretrained(vectors)"
             )
         if self.shape != tuple(shape):
             raise ValueError(
@@ -472,6 +472,6 @@ def _size(cell: Any) -> int:
     if missing := [name for name in needed if not hasattr(cell, name)]:
         raise ValueError(
             f"init: needs a cell that has {', '.join(needed)}, got {cell!r} without "
-            f"{missing[0]}; wrap it afterwards"
+            f"{missing[0]}; give the bare cell, and wrap the result"
         )
     return cell.hidden_size

@@ -210,7 +210,7 @@ def gated(cell: Cell) -> bool:
         raise TypeError(
             f"{type(cell).__name__}: the gated form needs {', '.join(PARTS)}; got "
             f"{', '.join(found)} without {', '.join(missing)}; define all three, or "
-            "step alone"
+            "only step"
         )
     return bool(found)
 
@@ -457,9 +457,9 @@ def check_activations(config: Any, *names: str, optional: bool = False) -> None:
         if not callable(given) and not (optional and given is None):
             known = isinstance(given, str) and hasattr(jax.nn, given)
             raise TypeError(
-                f"{type(config).__name__}.{name}: must be a function"
-                f"{' or None' * optional}, got {given!r}; give "
-                f"jax.nn.{given if known else 'relu, say'}"
+                f"{type(config).__name__}.{name}: must be a "
+                f"function{' or None' * optional}, got {given!r}; give "
+                f"{f'jax.nn.{given}' if known else 'a function, such as jax.nn.relu'}"
             )
 
 

@@ -64,7 +64,7 @@ def save_weights(
     texts = all(isinstance(text, str) for item in about.items() for text in item)
     if not texts or {"format", "sha256"} & set(about):
         raise ValueError(
-            f"{where}: metadata must be strings by strings, without 'format' and "
+            f"{where}: metadata must map strings to strings, without 'format' and "
             f"'sha256', got {about}"
         )
     arrays = laid_out(_some(where, named(where, tree)))
@@ -91,9 +91,9 @@ def load_weights(
     Raises:
       FileNotFoundError: there is no file at ``path``.
       ImportError: without safetensors.
-      ValueError: it is no whole ``.safetensors`` file, its tensors are not as they were
-        written, or one is missing, unexpected, or of another shape or dtype; names the
-        first.
+      ValueError: it is not a valid ``.safetensors`` file, its tensors have changed
+        since they were written, or one is missing, unexpected, or of another shape or
+        dtype; names the first.
 
     Example:
       See :func:`save_weights`.
@@ -131,7 +131,7 @@ def read(where: str, path: str | os.PathLike[str]) -> File:
     Raises:
       FileNotFoundError: there is none.
       ImportError: without safetensors.
-      ValueError: it is no whole ``.safetensors`` file.
+      ValueError: it is not a valid ``.safetensors`` file.
     """
     library, path = _library(where), Path(path)
     if not path.is_file():
@@ -141,7 +141,7 @@ def read(where: str, path: str | os.PathLike[str]) -> File:
         tensors = dict(library.deserialize(data))
     except library.SafetensorError as error:
         raise ValueError(
-            f"{where}: {path} is no whole .safetensors file: {error}{_hint(data)}"
+            f"{where}: {path} is not a valid .safetensors file: {error}{_hint(data)}"
         ) from None
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return File(path, tensors, header.get("__metadata__") or {})
@@ -170,8 +170,8 @@ def tree_of(
             got = _type(DTYPES.get(dtype, dtype), found[name]["shape"])
         if got != want:
             raise ValueError(
-                f"{where}: {name} in {path}: expected {want}, got {got}; give the "
-                "structure that was saved"
+                f"{where}: {name} in {path}: expected {want}, got {got}; give like= "
+                "the structure that was saved"
             )
         if want.startswith(LONG) and not jax.config.read("jax_enable_x64"):
             raise ValueError(
@@ -187,8 +187,8 @@ def tree_of(
         )
     if digest is not None and digest != hash_of(arrays):
         raise ValueError(
-            f"{where}: the tensors of {path} are not as they were written: "
-            f"expected SHA-256 {digest}, got {hash_of(arrays)}; get the file anew"
+            f"{where}: the tensors of {path} have changed since they were written: "
+            f"expected SHA-256 {digest}, got {hash_of(arrays)}; get the file again"
         )
     return rebuild(like, {name: jnp.array(x) for name, x in arrays.items()})
 
@@ -218,7 +218,7 @@ def name_leaves(tree: PyTree, where: str = "save") -> dict[str, Any]:
     if len(leaves) < len(named):
         raise ValueError(
             f"{where}: {len(named)} leaves have only {len(leaves)} different names; "
-            "rename those whose path is that of another"
+            "rename those that share a path"
         )
     return leaves
 
@@ -270,8 +270,9 @@ def named(where: str, tree: PyTree) -> dict[str, Any]:
             raise ValueError(f"{where}: a leaf cannot be called {name}; rename it")
         if leaf.dtype.name not in DTYPES.values():
             raise ValueError(
-                f"{where}: {name} is {leaf.dtype.name}, which no .safetensors file "
-                "holds; leave it out, or convert it, a key by jax.random.key_data"
+                f"{where}: {name} is {leaf.dtype.name}, which a .safetensors file "
+                "cannot hold; leave it out, or convert it (a key with "
+                "jax.random.key_data)"
             )
     return leaves
 

@@ -287,14 +287,20 @@ def chosen(params, carry, zx):
 @pytest.mark.parametrize(
     ("cell", "reason"),
     [
-        (Linear(twice), "update is not affine and elementwise in the carry: mul"),
-        (Linear(bent), "update is not affine and elementwise in the carry: tanh"),
-        (Linear(mixed), "update is not affine and elementwise in the carry: dot_gen"),
-        (Linear(moved), "update is not affine and elementwise in the carry: transpose"),
-        (Linear(chosen), "update is not affine and elementwise in the carry: gt"),
-        (Linear(chain, zh=(1.0,)), r"mix returns a recurrent product, not \(\)"),
-        (jlstm.GRU(2), r"mix returns a recurrent product, not \(\)"),
-        (Linear(chain, dtype="int32"), "the carry has leaves that are not floating"),
+        (Linear(twice), "update must be affine and .* in the carry, but applies mul"),
+        (Linear(bent), "update must be affine and .* in the carry, but applies tanh"),
+        (
+            Linear(mixed),
+            "update must be affine and .* in the carry, but applies dot_gen",
+        ),
+        (
+            Linear(moved),
+            "update must be affine and .* in the carry, but applies transpose",
+        ),
+        (Linear(chosen), "update must be affine and .* in the carry, but applies gt"),
+        (Linear(chain, zh=(1.0,)), "mix returns a recurrent product, but must"),
+        (jlstm.GRU(2), "mix returns a recurrent product, but must"),
+        (Linear(chain, dtype="int32"), "the carry has arrays that are not floating"),
     ],
     ids=lambda value: value.rule.__name__ if isinstance(value, Linear) else None,
 )

@@ -48,7 +48,7 @@ def test_run_writes_times_of_processes_of_its_own(tmp_path, capsys):
     assert "native" in case["workers"]["native"]["refused"]
     printed = capsys.readouterr().out
     assert "| T,B,D,H | one, ms |\n" in printed
-    assert "- native: native: has loops for LSTM and GRU" in printed
+    assert "- native: native: has loops only for LSTM and GRU" in printed
 
 
 def test_worker_that_dies_answers_with_its_reason():
@@ -136,13 +136,16 @@ def test_suites_leave_out_who_cannot_take_part():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--suite", "lstm"], "--suite: must be of all, lstm-train,.* got 'lstm'"),
-        (["--variants", "three"], "--variants: must be of .* got 'three'"),
-        (["--peers", "torch,tf"], "--peers: must be of .* got 'tf'"),
+        (["--suite", "lstm"], "--suite: must be among all, lstm-train,.* got 'lstm'"),
+        (["--variants", "three"], "--variants: must be among .* got 'three'"),
+        (["--peers", "torch,tf"], "--peers: must be among .* got 'tf'"),
         (["--sizes", "3,2,2"], "--sizes: must be T,B,D,H, .* got '3,2,2'"),
-        (["--suite", "step", "--sizes", "3,2,2,2"], "--sizes: step has a size of"),
+        (["--suite", "step", "--sizes", "3,2,2,2"], "--sizes: step has a fixed size"),
         (["--rounds", "0"], "--rounds: must be at least 1, got 0"),
-        (["--suite", "mgu", "--variants", "checkpoint"], "none takes part in mgu"),
+        (
+            ["--suite", "mgu", "--variants", "checkpoint"],
+            "some that take part in mgu, got none",
+        ),
     ],
 )
 def test_errors_are_one_line(options, message, capsys):

@@ -336,7 +336,7 @@ def test_activations_take_a_number(function, slope):
 
 @pytest.mark.parametrize("kinds", ["", "sx"])
 def test_gates_refuses_other_letters(kinds):
-    message = rf"^gates: kinds must be letters s and t, got '{kinds}'$"
+    message = rf"^gates: kinds must consist of the letters s and t, got '{kinds}'$"
     with pytest.raises(ValueError, match=message):
         jlstm.gates(jnp.zeros((2, 4)), kinds)
 

@@ -239,11 +239,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"batches": make_batches(seed=1)}, r"data.*seed: was 0, is 1"),
+        ({"batches": make_batches(seed=1)}, r"data.*seed: was 0, is now 1"),
         ({"batches": make_batches(drop_remainder=True)}, r"drop_remainder: was False"),
-        ({"batches": [{"x": EXAMPLES}]}, r"data\.type: was 'Cursed', is 'list'"),
-        ({"identity": {"lr": 2}}, r"lr: was 1, is 2"),
-        ({"identity": {"lr": 1, "new": "x"}}, r"new: was absent, is 'x'"),
+        ({"batches": [{"x": EXAMPLES}]}, r"data\.type: was 'Cursed', is now 'list'"),
+        ({"identity": {"lr": 2}}, r"lr: was 1, is now 2"),
+        ({"identity": {"lr": 1, "new": "x"}}, r"new: was absent, is now 'x'"),
     ],
     ids=["seed", "options", "kind", "config", "more"],
 )
@@ -269,7 +269,7 @@ def test_other_bytes_of_the_data_are_noticed(tmp_path):
 
 def test_other_numbers_in_a_list_are_noticed(tmp_path):
     run(tmp_path / "run", batches=[{"x": EXAMPLES[:4], "bad": False}] * 9, num_steps=5)
-    with pytest.raises(ValueError, match=r"the same in kind and length, but other"):
+    with pytest.raises(ValueError, match=r"the same types and length, but other"):
         run(tmp_path / "run", batches=[{"x": EXAMPLES[4:8], "bad": False}] * 9)
 
 
@@ -382,7 +382,7 @@ def test_no_whole_checkpoint_is_an_error(tmp_path):
     run(tmp_path / "run", num_steps=4)
     empty(tmp_path / "run" / "step_000000004" / "run.json")
     for _ in range(2):  # nor does it begin anew the second time
-        with pytest.raises(ValueError, match=r"no checkpoint in .* is whole .*run.js"):
+        with pytest.raises(ValueError, match=r"no checkpoint in .* is intact .*run.js"):
             run(tmp_path / "run")
 
 
@@ -394,7 +394,7 @@ def test_a_damaged_file_of_params_is_not_loaded(tmp_path):
             flip(path)
             with pytest.raises(
                 train.Damaged,
-                match="is no whole checkpoint",
+                match="is not an intact checkpoint",
             ):
                 train.load(tmp_path / "params", {"w": jnp.zeros(9)})
             path.write_bytes(before)
@@ -429,11 +429,13 @@ def test_a_disk_that_fails_for_a_moment_damages_nothing(tmp_path, monkeypatch):
 def test_hooks_that_changed_are_refused_by_name(tmp_path):
     run(tmp_path / "run", num_steps=5, hooks=[train.keep_best("loss")])
     with pytest.raises(
-        ValueError, match=r"hooks \['Best'\], and cannot go on with \[\]"
+        ValueError, match=r"hooks \['Best'\], and cannot continue with \[\]"
     ):
         run(tmp_path / "run")
     hooks = [train.keep_best("loss"), train.every(3, Counter())]
-    with pytest.raises(ValueError, match=r"cannot go on with \['Best', 'every 3: Cou"):
+    with pytest.raises(
+        ValueError, match=r"cannot continue with \['Best', 'every 3: Cou"
+    ):
         run(tmp_path / "run", hooks=hooks)
     # What has no state, and what is optional, may come and go.
     board = train.write_tensorboard(tmp_path / "board")
@@ -621,7 +623,7 @@ def test_a_metric_that_never_came_is_named(tmp_path):
 
 
 def test_bad_options_of_checkpoints_have_one_line(tmp_path):
-    with pytest.raises(ValueError, match="every: must be an integer from 1 on"):
+    with pytest.raises(ValueError, match="every: must be an integer of at least 1"):
         train.Checkpoints(tmp_path, every=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="checkpoints must be a Checkpoints, got 'x'"):
         train.fit(make_state(), STEP, [], num_steps=1, checkpoints="x")  # type: ignore[arg-type]
@@ -816,7 +818,7 @@ def test_accumulation_equals_the_large_batch(parts):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), *results)
     step = train.make_train_step(loss, tx, accumulate=3)
     start = train.create_state({"w": jnp.ones(3)}, tx, carry=jnp.ones(8))
-    with pytest.raises(ValueError, match="accumulate=3 cuts the rows of batches and"):
+    with pytest.raises(ValueError, match="accumulate=3 needs a number of rows that"):
         step(start, batch)
 
 
@@ -829,7 +831,7 @@ def test_the_average_of_params_is_what_it_says():
         want = d * want + (1 - d) * np.asarray(state.params["w"])
     np.testing.assert_allclose(state.ema["w"], want, rtol=1e-5)
     step = train.make_train_step(loss_fn, TX)
-    with pytest.raises(ValueError, match=r"takes both create_state\(ema=True\)"):
+    with pytest.raises(ValueError, match=r"needs both create_state\(ema=True\)"):
         step(make_state(), make_batches()[0])
 
 

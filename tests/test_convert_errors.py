@@ -119,7 +119,7 @@ MISTAKES = {
             lstm_weights(), jlstm.stack(jlstm.Embed(9, 3), LSTM)
         ),
         "from_torch: layer[0] must be an RNN, bidirectional, a stack of them, or a "
-        "cell that is known here, got Embed(9, 3); convert the recurrent layers alone",
+        "cell that is known here, got Embed(9, 3); convert only the recurrent layers",
     ),
     "no recurrent layer": (
         lambda: convert.from_torch(lstm_weights(), jlstm.Dropout(0.1)),
@@ -153,17 +153,17 @@ MISTAKES = {
     ),
     "torch: activation": (
         lambda: convert.to_torch(SOFTPLUS, init(SOFTPLUS)),
-        "its RNN has tanh or relu",
+        "its RNN has only tanh and relu",
     ),
     "torch: clips": (
         lambda: convert.to_torch(CLIPPED, init(CLIPPED)),
         "to_torch: PyTorch has no place for RNN(LSTMP(8, 4, cell_clip=3.0)): its LSTM "
-        "clips nothing",
+        "cannot clip",
     ),
     "torch: projecting cell": (
         lambda: convert.to_torch(PROJECTED.cell, init(PROJECTED)),
-        "to_torch: PyTorch has no place for LSTMP(8, 4): its LSTMCell does not "
-        "project; convert RNN(cell)",
+        "to_torch: PyTorch has no place for LSTMP(8, 4): its LSTMCell has no "
+        "projection; convert RNN(cell)",
     ),
     "directions of a cell": (
         lambda: convert.from_torch(
@@ -182,39 +182,39 @@ MISTAKES = {
     "torch: reset": (
         lambda: convert.from_torch(lstm_weights(), BEFORE),
         "from_torch: PyTorch has no place for RNN(GRU(8, reset_after=False)): its GRU "
-        "resets after the product alone",
+        "has only the form with reset_after=True",
     ),
     "torch: merge": (
         lambda: convert.from_torch(
             lstm_weights(), jlstm.bidirectional(jlstm.LSTM(8), merge="sum")
         ),
-        "two directions are merged by concat there",
+        "it merges two directions only by concat",
     ),
     "torch: reverse": (
         lambda: convert.from_torch(
             lstm_weights(), jlstm.RNN(jlstm.LSTM(8), reverse=True)
         ),
-        "no layer runs backward alone there; convert RNN(cell)",
+        "it has no layer that runs only backward; convert RNN(cell)",
     ),
     "torch: sizes": (
         lambda: convert.from_torch(
             lstm_weights(), jlstm.stack(LSTM, jlstm.RNN(jlstm.LSTM(9)))
         ),
-        "from_torch: the layers of one module are alike, got LSTM(8) in layer[0] and "
-        "LSTM(9) in layer[1]; convert each alone",
+        "from_torch: all layers of one PyTorch module must be alike, got LSTM(8) in "
+        "layer[0] and LSTM(9) in layer[1]; convert each one separately",
     ),
     "nnx: bias": (
         lambda: convert.to_nnx(GRU, moved(init(GRU))),
         "to_nnx: params.b_hh, the bias inside the reset gate, is not zero, and "
-        "nnx.GRUCell has none; Linen's GRUCell has it",
+        "nnx.GRUCell has no such bias; Linen's GRUCell has one, so use to_linen",
     ),
     "nnx: reset": (
         lambda: convert.to_nnx(BEFORE, init(BEFORE)),
-        "its GRUCell resets after the product alone",
+        "its GRUCell has only the form with reset_after=True",
     ),
     "linen: reset": (
         lambda: convert.to_linen(BEFORE, init(BEFORE)),
-        "its GRUCell resets after the product alone",
+        "its GRUCell has only the form with reset_after=True",
     ),
     "linen: projection": (
         lambda: convert.to_linen(CLIPPED, init(CLIPPED)),
@@ -222,18 +222,18 @@ MISTAKES = {
     ),
     "linen: published unit": (
         lambda: convert.to_linen(jlstm.MGU(8), init(jlstm.RNN(jlstm.MGU(8)))),
-        "to_linen: Flax Linen has no place for MGU(8): its MGUCell resets after the "
-        "product alone",
+        "to_linen: Flax Linen has no place for MGU(8): its MGUCell has only the "
+        "form with reset_after=True",
     ),
     "linen: reset_gate": (
         lambda: convert.from_linen({"hf": {"kernel": np.ones((8, 8), F32)}}),
-        "from_linen: hn/bias: expected [8], got no such tensor; there is no cell here "
+        "from_linen: hn/bias: expected [8], got no such tensor; jlstm has no cell "
         "like an MGUCell with reset_gate=False",
     ),
     "linen: grid": (
         lambda: convert.from_linen({"hh": {"kernel": np.ones((3, 8, 32), F32)}}),
         "from_linen: hh/kernel: expected no convolution, got [3, 8, 32]; give layer=, "
-        "of a ConvLSTM, since weights do not tell the grid",
+        "such as RNN(ConvLSTM(...)), because the weights do not tell its spatial shape",
     ),
     "haiku: strides": (
         lambda: convert.to_haiku(STRIDED, None),
@@ -244,17 +244,18 @@ MISTAKES = {
             {"conv1_dlstm/hidden_to_hidden": {"w": np.ones((3, 8, 32), F32)}}
         ),
         "from_haiku: conv1_dlstm/hidden_to_hidden/w: expected no convolution, got [3, "
-        "8, 32]; give layer=, of a ConvLSTM, since weights do not tell the grid",
+        "8, 32]; give layer=, such as RNN(ConvLSTM(...)), because the weights do not "
+        "tell its spatial shape",
     ),
     "keras: grid": (
         lambda: convert.from_keras([np.ones((3, 8, 32), F32)] * 2),
         "from_keras: weights[1]: expected no convolution, got [3, 8, 32]; give layer=, "
-        "of a ConvLSTM, since weights do not tell the grid",
+        "such as RNN(ConvLSTM(...)), because the weights do not tell its spatial shape",
     ),
     "keras: grid of a layer": (
         lambda: convert.from_keras(keras_grid()),
-        "from_keras: weights of a ConvLSTM1D do not tell the grid; give layer=, of a "
-        "ConvLSTM",
+        "from_keras: the weights of a ConvLSTM1D do not tell its spatial shape; give "
+        "layer=, such as RNN(ConvLSTM(...))",
     ),
     "keras: strides": (
         lambda: convert.from_keras(keras_grid(), STRIDED),
@@ -276,11 +277,11 @@ MISTAKES = {
     ),
     "haiku: reset": (
         lambda: convert.to_haiku(GRU, init(GRU)),
-        "its GRU resets before the product; that is GRU(reset_after=False)",
+        "its GRU has only the form with reset_after=False",
     ),
     "haiku: activation": (
         lambda: convert.to_haiku(SOFTPLUS, init(SOFTPLUS)),
-        "its VanillaRNN has a ReLU; that is Elman(activation=jax.nn.relu)",
+        "its VanillaRNN has only the form with activation=jax.nn.relu",
     ),
     "haiku: directions": (
         lambda: convert.to_haiku(BOTH, init(BOTH)),
@@ -290,7 +291,7 @@ MISTAKES = {
         lambda: convert.from_haiku(
             {f"{n}/linear": {"w": np.ones((11, 32), F32)} for n in ("lstm", "lstm_1")}
         ),
-        "from_haiku: weights do not tell how 2 cells (lstm/, lstm_1/) are put "
+        "from_haiku: the weights do not tell how 2 cells (lstm/, lstm_1/) are put "
         "together; give layer=, such as a stack, or prefix= of one of them",
     ),
     "haiku: no gates": (
@@ -305,15 +306,15 @@ MISTAKES = {
     ),
     "equinox: cell": (
         lambda: convert.to_equinox(SOFTPLUS, init(SOFTPLUS)),
-        "it has an LSTMCell and a GRUCell",
+        "it has only an LSTMCell and a GRUCell",
     ),
     "equinox: reset": (
         lambda: convert.to_equinox(BEFORE, init(BEFORE)),
-        "its GRUCell resets after the product alone",
+        "its GRUCell has only the form with reset_after=True",
     ),
     "jax: cell": (
         lambda: convert.to_jax_rnn(GRU, init(GRU)),
-        "jax.experimental.rnn has no place for RNN(GRU(8)): it has the LSTM alone",
+        "jax.experimental.rnn has no place for RNN(GRU(8)): it has only an LSTM",
     ),
     "jax: size": (
         lambda: convert.from_jax_rnn(np.ones(145, F32), jlstm.RNN(jlstm.LSTM(4))),
@@ -332,7 +333,7 @@ MISTAKES = {
     ),
     "keras: prefix": (
         lambda: convert.from_keras(keras_weights(), prefix="lstm/"),
-        "from_keras: prefix='lstm/' chooses among paths, which a list has not; give "
+        "from_keras: prefix='lstm/' needs paths, and a list has none; give "
         "{v.path: v for v in model.weights}",
     ),
     "keras: reset": (

@@ -204,23 +204,28 @@ def test_shard_map_is_traced(traceable):
 def test_rocm_is_refused(traceable, monkeypatch):
     rocm = SimpleNamespace(platform_version="PJRT C API\nrocm 70000")
     monkeypatch.setattr(backend, "get_backend", lambda: rocm)
-    with pytest.raises(NotImplementedError, match="cudnn: runs on CUDA, arrays are on"):
+    with pytest.raises(
+        NotImplementedError, match="cudnn: runs only on CUDA, but the arrays are on"
+    ):
         jax.eval_shape(loss, PARAMS)
 
 
 # What is refused, and never chosen.
 
+SHARDED = (
+    "would gather rows that may lie on several devices; call it inside jax.shard_map"
+)
 LIMITS = {
-    "takes padding at the end of rows, as lengths; got a mask": {
+    "takes padding only at the end of rows, as lengths; got a mask": {
         "mask": jnp.ones((BATCH, TIME), bool)
     },
-    "does not restore the fresh carry at resets": {
+    "cannot restore the fresh carry at resets": {
         "resets": jnp.zeros((BATCH, TIME), bool)
     },
-    "does not return carries": {"return_carries": True},
-    "stores every step, so checkpoint_every has no meaning": {"checkpoint_every": 2},
+    "cannot return the carry of every step": {"return_carries": True},
+    "stores every step, so it cannot honour checkpoint_every": {"checkpoint_every": 2},
     # The suite has two devices.
-    "would gather a batch that lies on several devices outside shard_map": {},
+    SHARDED: {},
 }
 
 
@@ -231,7 +236,7 @@ def check_refused(reason, cell=CELL, params=PARAMS, xs=XS, **options):
     ):
         with pytest.raises(NotImplementedError) as caught:
             call(implementation="cudnn", **options)
-        hint = "use implementation='scan', or None to choose"
+        hint = "use implementation='scan', or None for the default"
         assert str(caught.value) == f"cudnn: {reason}; {hint}"
     explained = dict(jlstm.explain(cell, xs, **options).others)
     assert explained["cudnn"] == f"cannot: {reason}"
@@ -243,17 +248,17 @@ def test_limits_are_named(reason, on_gpu):
 
 
 def test_platform_is_named():
-    check_refused("runs on a GPU, arrays are on a cpu")
+    check_refused("runs only on a GPU, but the arrays are on a cpu")
 
 
 def test_dtypes_are_named(on_gpu):
     params, xs = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (PARAMS, XS))
-    check_refused("computes in float32, got bfloat16", params=params, xs=xs)
+    check_refused("computes only in float32, got bfloat16", params=params, xs=xs)
 
 
 def test_cells_other_than_lstm_are_refused_at_construction():
     for cell in (jlstm.GRU(3), jlstm.Precision(CELL, jlstm.Policy())):
-        with pytest.raises(NotImplementedError, match="cudnn: computes an LSTM, got"):
+        with pytest.raises(NotImplementedError, match="cudnn: runs only an LSTM, got"):
             jlstm.RNN(cell, implementation="cudnn")
     assert jlstm.RNN(CELL, implementation="cudnn").implementation == "cudnn"
 

@@ -69,8 +69,8 @@ def test_read_text_normalises_newlines(tmp_path, name):
     [
         ("latin", b"abc\xe9", "byte 0xe9 at offset 3"),
         ("empty", b"", "is empty"),
-        ("plain.gz", b"abc", "is not a whole gzip file"),
-        ("cut.gz", CUT, "is not a whole gzip file"),
+        ("plain.gz", b"abc", "is not a valid gzip file"),
+        ("cut.gz", CUT, "is not a valid gzip file"),
     ],
 )
 def test_read_text_refuses_what_is_no_text(tmp_path, name, content, message):
@@ -162,7 +162,9 @@ def test_python_token_classes_label_every_character():
 
 @pytest.mark.parametrize("source", ["(", "x = ?\n", "'a\n", "if x:\ny\n  z\n w\n"])
 def test_python_token_classes_refuse_what_is_not_python(source):
-    with pytest.raises(ValueError, match="python_token_classes: not Python"):
+    with pytest.raises(
+        ValueError, match="python_token_classes: the text must be valid"
+    ):
         data.python_token_classes(source)
 
 
@@ -196,11 +198,11 @@ def test_vocabulary_of_words_keeps_the_frequent():
         (lambda v, w: v.decode([-1]), "id -1 at position 0 is outside"),
         (lambda v, w: v.decode([[0]]), r"got int64 of shape \(1, 1\)"),
         (lambda v, w: w.encode("a b"), "split it first"),
-        (lambda v, w: data.Vocabulary(("a", "a")), "1 different"),
+        (lambda v, w: data.Vocabulary(("a", "a")), "1 are different"),
         (lambda v, w: data.Vocabulary(("a",), "b"), "unknown='b'"),
-        (lambda v, w: data.Vocabulary.from_json("{}"), "not what to_json wrote"),
-        (lambda v, w: data.Vocabulary.from_json("["), "not what to_json wrote"),
-        (lambda v, w: data.Vocabulary.from_json("[]"), "not what to_json wrote"),
+        (lambda v, w: data.Vocabulary.from_json("{}"), "expected what to_json wrote"),
+        (lambda v, w: data.Vocabulary.from_json("["), "expected what to_json wrote"),
+        (lambda v, w: data.Vocabulary.from_json("[]"), "expected what to_json wrote"),
         (lambda v, w: data.Vocabulary.from_json(json.dumps({"symbols": 1})), "not"),
     ],
 )
@@ -333,10 +335,10 @@ def test_bucketed_drops_only_what_fills_no_batch():
         ({"examples": [{"xs": [1], "ys": [1, 2]}]}, "differ in length: {'xs': 1"),
         ({"examples": [[1, 2]]}, "must be dicts, got example 0 of type list"),
         ({"examples": [{"id": 3}]}, "none gives the length"),
-        ({"examples": [{"xs": [1], "lengths": 3}]}, "rename the fields"),
+        ({"examples": [{"xs": [1], "lengths": 3}]}, "rename those of the ex"),
         ({"static": ["zs"]}, r"name \['zs'\]"),
         ({"seed": -1}, "seed must be None or an integer >= 0"),
-        ({"drop_remainder": True}, "fill no batch of 4 rows"),
+        ({"drop_remainder": True}, "do not fill a batch of 4 rows"),
     ],
 )
 def test_bucketed_refuses_with_numbers(arguments, message):
@@ -418,11 +420,14 @@ def test_scoring_lanes_hold_every_target_once(size, batch_size):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: data.lanes(np.arange(28), batch_size=4, length=7), "take 29"),
-        (lambda: data.lanes(np.arange(34), batch_size=4, length=7, seed=0), "take 35"),
+        (lambda: data.lanes(np.arange(28), batch_size=4, length=7), "need 29"),
+        (lambda: data.lanes(np.arange(34), batch_size=4, length=7, seed=0), "need 35"),
         (lambda: data.lanes([1.0], batch_size=4, length=7), "must be integers"),
         (lambda: data.lanes([1, 2], batch_size=0, length=1), "batch_size must be"),
-        (lambda: data.scoring_lanes([1], batch_size=1, length=7), "no target"),
+        (
+            lambda: data.scoring_lanes([1], batch_size=1, length=7),
+            "too few for a target",
+        ),
     ],
 )
 def test_lanes_refuse_with_numbers(call, message):
@@ -468,7 +473,7 @@ def test_elapsed_is_the_recursion_of_the_paper():
 def test_elapsed_refuses_what_does_not_fit():
     message = (
         r"^elapsed: mask must be \[T, D\] and times \[T\], got \[2, 3, 4\] and \[3\]; "
-        r"give one sequence a call$"
+        r"give one sequence per call$"
     )
     with pytest.raises(ValueError, match=message):
         data.elapsed(np.ones((2, 3, 4)), np.arange(3))
@@ -498,7 +503,7 @@ def test_batches_keep_rows_together(drop, count):
 def test_batches_refuse_arrays_that_do_not_fit():
     with pytest.raises(ValueError, match="of one N"):
         data.batches({"xs": np.ones(3), "ys": np.ones(4)}, batch_size=1)
-    with pytest.raises(ValueError, match="3 rows make no batch of 4"):
+    with pytest.raises(ValueError, match="3 rows do not fill a batch of 4"):
         data.batches({"xs": np.ones(3)}, batch_size=4, drop_remainder=True)
 
 

@@ -721,12 +721,12 @@ def mistakes() -> dict[str, tuple[Any, Any, str]]:
         "reverse": (
             lambda: dx.trace(layer, params, xs, reverse=True),
             ValueError,
-            "trace: reverse is for cells; a layer says itself",
+            "trace: reverse is only for cells; a layer has its own",
         ),
         "no recurrence": (
             lambda: dx.trace(jlstm.Dropout(0.5), (), xs),
             ValueError,
-            "trace: finds no recurrence in Dropout(0.5); what runs inside a jax.jit",
+            "trace: finds no recurrence in Dropout(0.5); a recurrence inside a",
         ),
         "lengths": (
             lambda: dx.trace(layer, params, xs, lengths=[9, 1]),
@@ -787,7 +787,7 @@ def mistakes() -> dict[str, tuple[Any, Any, str]]:
         "symbols": (
             lambda: dx.colour_text("abc", [1.0]),
             ValueError,
-            "colour_text: values must be [3], one a symbol, got [1]",
+            "colour_text: values must be [3], one for each symbol, got [1]",
         ),
         "row": (
             lambda: dx.plot_gates(one, row=2),
@@ -814,7 +814,7 @@ def mistakes() -> dict[str, tuple[Any, Any, str]]:
         "records": (
             lambda: dx.plot_training([]),
             ValueError,
-            "give fit the hook watch",
+            "list the hook watch",
         ),
         "every": (
             lambda: dx.watch(layer, xs, every=0),
@@ -824,7 +824,7 @@ def mistakes() -> dict[str, tuple[Any, Any, str]]:
         "names": (
             lambda: jlstm.gates(jnp.zeros((2, 4)), "st", "ifg"),
             ValueError,
-            "gates: names must be 2, one a gate of 'st', got 'ifg'",
+            "gates: names must have 2 entries, one for each gate of 'st', got 'ifg'",
         ),
     }
 
@@ -859,5 +859,5 @@ def test_layers_of_users_are_traced_unless_they_compile_their_parts():
     params = made(layer, xs)
     assert list(dx.trace(layer, params, xs)) == ["inner"]
     for call in (dx.trace, lambda *args: dx.gradient_flow(*args, jnp.sum)):
-        with pytest.raises(ValueError, match=r"finds no recurrence in .*, so give"):
+        with pytest.raises(ValueError, match=r"finds no recurrence in .*; give"):
             call(dataclasses.replace(layer, compiled=True), params, xs)

@@ -39,7 +39,7 @@ def test_failures_have_a_line_and_the_exit_code(tmp_path, capsys, monkeypatch):
     assert code == 1
     assert "FAIL versions: optax is " in printed
     assert 'run pip install --upgrade "optax>=99.0"' in printed
-    assert f"FAIL disk: {tmp_path / 'new'} is no folder" in printed
+    assert f"FAIL disk: {tmp_path / 'new'} is not a folder" in printed
     assert "FAIL checkpoint: " in printed
     assert "cannot be written" in printed
     (tmp_path / "new").unlink()

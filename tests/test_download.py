@@ -184,7 +184,7 @@ def test_fetch_refuses_other_urls(server, tmp_path, url):
     if not url.partition("/")[0]:
         return  # an address on the same server
     # urllib itself refuses redirects to some of them, with an HTTPError.
-    with pytest.raises((ValueError, OSError), match=r"by a redirect|not allowed"):
+    with pytest.raises((ValueError, OSError), match=r"after a redirect|not allowed"):
         data.fetch(f"{server.url}/to/{url}", sha256=HASH, path=tmp_path / "file")
     assert left(tmp_path) == []
 
@@ -214,7 +214,7 @@ def test_fetch_does_not_leave_https(monkeypatch):
 
     request, body = Request("https://example.invalid/a"), io.BytesIO()
     for url in ("http://127.0.0.1/a", "file:///etc/passwd"):
-        with pytest.raises(ValueError, match="by a redirect of https://example"):
+        with pytest.raises(ValueError, match="after a redirect from https://example"):
             _Redirects().redirect_request(request, body, 302, "", {}, url)
 
 
@@ -307,9 +307,9 @@ def test_extract_fills_an_empty_folder_only(tmp_path):
     (tmp_path / "a").write_bytes(make_zip(("x", b"1")))
     (tmp_path / "folder").mkdir()
     data.extract(tmp_path / "a", tmp_path / "folder")
-    with pytest.raises(ValueError, match="there already"):
+    with pytest.raises(ValueError, match="exists already"):
         data.extract(tmp_path / "a", tmp_path / "folder")
-    with pytest.raises(ValueError, match="there already"):
+    with pytest.raises(ValueError, match="exists already"):
         data.extract(tmp_path / "a", tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="extract: no file at"):
         data.extract(tmp_path / "none", tmp_path / "other")
@@ -330,10 +330,10 @@ NAMES = [
     ("C:/evil", "leads out"),
     ("c:evil", "leads out"),
     ("a/c:/evil", "leads out"),
-    ("..\\evil", "no name of a file"),
-    ("a\\evil", "no name of a file"),
+    ("..\\evil", "not a valid file name"),
+    ("a\\evil", "not a valid file name"),
     ("\\\\host\\share\\evil", "leads out"),
-    (".", "no name of a file"),
+    (".", "not a valid file name"),
     ("d/" * 65 + "evil", "more than 64 folders"),
 ]
 
@@ -353,7 +353,7 @@ def test_extract_refuses_folders_that_lead_out(tmp_path):
 
 def test_extract_refuses_a_name_cut_by_a_nul(tmp_path):
     content = make_zip(("aXb", b"1")).replace(b"aXb", b"a\0b")
-    refuse(tmp_path, content, "no name of a file")
+    refuse(tmp_path, content, "not a valid file name")
 
 
 @pytest.mark.parametrize("make", [make_zip, make_tar])
@@ -411,7 +411,7 @@ def test_extract_refuses_sparse_files(tmp_path):
     content = bytearray(make_tar((info, b"")))
     content[483:495] = b"%011o\0" % (1 << 30)  # the size that it claims
     content[148:156] = b"%06o\0 " % tarfile.calc_chksums(content[:512])[0]  # type: ignore[attr-defined]
-    refuse(tmp_path, bytes(content), "'evil' is a link, a device or sparse")
+    refuse(tmp_path, bytes(content), "'evil' is a link, a device or a sparse file")
 
 
 def test_extract_refuses_encrypted_members(tmp_path):
@@ -427,7 +427,7 @@ def test_extract_refuses_methods_that_unpack_without_bound(tmp_path, method):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         file.writestr(info, b"1", method)
-    refuse(tmp_path, buffer.getvalue(), "neither stored nor deflated")
+    refuse(tmp_path, buffer.getvalue(), "a method other than deflate")
 
 
 # Limits.
@@ -500,7 +500,7 @@ def test_extract_does_not_believe_the_packed_size(tmp_path):
     content = bytearray(make_zip(("evil", bytes(3 << 20))))
     place = content.index(b"PK\1\2")
     content[place + 20 : place + 24] = struct.pack("<I", 1 << 30)
-    refuse(tmp_path, bytes(content), "no whole archive: cut")
+    refuse(tmp_path, bytes(content), "not a valid archive: cut off")
 
 
 @pytest.mark.parametrize("claim", [1, 100_000])
@@ -508,7 +508,7 @@ def test_extract_does_not_believe_the_unpacked_size(tmp_path, claim):
     content = bytearray(make_zip(("evil", bytes(50_000))))
     place = content.index(b"PK\1\2")
     content[place + 24 : place + 28] = struct.pack("<I", claim)
-    refuse(tmp_path, bytes(content), "no whole archive")
+    refuse(tmp_path, bytes(content), "not a valid archive")
 
 
 def test_extract_refuses_headers_of_any_size(tmp_path):
@@ -527,7 +527,7 @@ def test_extract_refuses_headers_of_any_size(tmp_path):
 def test_extract_counts_what_follows_the_end(tmp_path):
     content = make_tar(("a", b"1")) + bytes(1 << 22)
     limits = {"max_bytes": 1000, "max_files": 9}
-    refuse(tmp_path, gzip.compress(content), "exceeds max_bytes and", **limits)
+    refuse(tmp_path, gzip.compress(content), "from max_bytes and", **limits)
 
 
 # Damage.
@@ -544,7 +544,11 @@ def test_extract_refuses_cut_archives(tmp_path, compression):
     # A plain tar may lose the blocks that pad it, but not the first.
     end = 3 * 512 + 2 * 20_480 + 512 if compression == "" else len(content)
     for size in (0, 1, 100, 511, 512, 700, 20_992, 21_100, end - 512, end - 1):
-        refuse(tmp_path, content[: min(size, end - 1)], "(is no whole archive|is cut)")
+        refuse(
+            tmp_path,
+            content[: min(size, end - 1)],
+            "(is not a valid archive|is cut)",
+        )
     (tmp_path / "archive").write_bytes(content[:end])
     data.extract(tmp_path / "archive", tmp_path / "folder")
 
@@ -552,22 +556,22 @@ def test_extract_refuses_cut_archives(tmp_path, compression):
 def test_extract_refuses_a_broken_header_amid_a_tar(tmp_path):
     content = bytearray(make_tar(("a", b"1"), ("b", b"1"), ("c", b"1")))
     content[1024 + 3] ^= 1
-    refuse(tmp_path, bytes(content), "no member at byte 1024, and no end")
+    refuse(tmp_path, bytes(content), "neither a member nor the end at byte 1024")
 
 
 @pytest.mark.parametrize("place", [-1, -5])
 def test_extract_compares_checksums_to_the_end(tmp_path, place):
     content = bytearray(make_tar(("a", b"1"), compression="gz"))
     content[place] ^= 1
-    refuse(tmp_path, bytes(content), "no whole archive")
+    refuse(tmp_path, bytes(content), "not a valid archive")
     content = bytearray(make_zip(("a", b"abc"), ("b", b"abc")))
     content[content.index(b"PK\1\2") + 16] ^= 1
-    refuse(tmp_path, bytes(content), "no whole archive")
+    refuse(tmp_path, bytes(content), "not a valid archive")
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x1f\x8btext", b"BZhtext", b"PK"])
 def test_extract_refuses_other_files(tmp_path, content):
-    refuse(tmp_path, content, "(neither zip nor tar|no whole archive)")
+    refuse(tmp_path, content, "(neither zip nor tar|not a valid archive)")
 
 
 @pytest.mark.parametrize("compression", ["zip", *COMPRESSIONS])

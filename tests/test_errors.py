@@ -109,7 +109,7 @@ MISTAKES = {
     "wrong rank": Mistake(
         lambda: unroll(xs=XS[0]),
         ValueError,
-        "unroll: xs must be [B, T, D], got shape (5, 3); LSTM(4) takes x of 1 ...",
+        "unroll: xs must be [B, T, D], got shape (5, 3); LSTM(4) takes inputs ...",
     ),
     "rank four": Mistake(
         lambda: unroll(xs=XS[..., None]),
@@ -284,12 +284,12 @@ MISTAKES = {
     "no activation that there is": Mistake(
         lambda: jlstm.Conv(4, 3, activation=loose("ReLU")),
         TypeError,
-        "Conv.activation: must be a function or None, got 'ReLU'; give ..., say",
+        "Conv.activation: must be a function or None, got 'ReLU'; give a ...",
     ),
     "the name of a policy": Mistake(
         lambda: jlstm.RNN(LSTM, policy=loose("bf16")),
         TypeError,
-        "RNN.policy: must be a Policy or None, got 'bf16'; give jlstm.Policy(...",
+        "RNN.policy: must be a Policy or None, got 'bf16'; give a Policy, ...",
     ),
     "a key by its place": Mistake(
         lambda: by_place(jlstm.RNN(LSTM), KEY),
@@ -305,7 +305,7 @@ MISTAKES = {
     "lengths by their place, of as many rows as layers": Mistake(
         lambda: by_place(STACK, LENGTHS, TOKENS),
         ValueError,
-        "stack: carry must be a tuple of one entry a layer, got ...; give ... by name",
+        "stack: carry must be a tuple with one entry for each layer, got ...; give ...",
     ),
     "lengths by their place, in both directions": Mistake(
         lambda: by_place(jlstm.Classifier(jlstm.bidirectional(LSTM), 2), LENGTHS),
@@ -342,7 +342,7 @@ MISTAKES = {
             MODEL, MODEL.init(KEY, TOKENS), TOKENS, 3, temperature=1.0
         ),
         ValueError,
-        "generate: temperature, top_k and top_p need key=, which draws symbols; ...",
+        "generate: temperature, top_k and top_p need key=, because they draw ...; ...",
     ),
     "hidden_size of zero": Mistake(
         lambda: jlstm.LSTM(0),
@@ -367,7 +367,7 @@ MISTAKES = {
     "unknown gates": Mistake(
         lambda: jlstm.gates(jnp.ones((2, 4)), "sx"),
         ValueError,
-        "gates: kinds must be letters s and t, got 'sx'",
+        "gates: kinds must consist of the letters s and t, got 'sx'",
     ),
     "gates that do not divide": Mistake(
         lambda: jlstm.gates(jnp.ones((2, 5)), "ss"),
@@ -424,14 +424,14 @@ MISTAKES = {
     "a causal stride": Mistake(
         lambda: jlstm.Conv(4, 3, stride=2, padding="CAUSAL"),
         ValueError,
-        "Conv.stride: must be 1 with padding='CAUSAL', which streams, got 2",
+        "Conv.stride: must be 1 with padding='CAUSAL', which gives ..., got 2",
     ),
     "resets through a stride": Mistake(
         lambda: jlstm.Conv(4, 3, stride=2).apply(
             CONV_PARAMS, XS, resets=jnp.zeros((2, 5), bool)
         ),
         NotImplementedError,
-        "Conv(4, 3, stride=2): cannot honour resets, since ...; use padding ...",
+        "Conv(4, 3, stride=2): cannot honour resets, because ...; use padding ...",
     ),
     "an unknown padding": Mistake(
         lambda: jlstm.Conv(4, 3, padding=loose("same")),
@@ -483,7 +483,7 @@ MISTAKES = {
     "params of another stack": Mistake(
         lambda: STACK.apply(BOTH[:1], TOKENS),
         ValueError,
-        "stack: params must have one entry a layer, 2, got 1",
+        "stack: params must have one entry for each of the 2 layers, got 1",
     ),
     "vectors of another shape": Mistake(
         lambda: jlstm.Embed(
@@ -495,7 +495,7 @@ MISTAKES = {
     "inputs without an axis of time": Mistake(
         lambda: jlstm.RNN(LSTM).init(KEY, XS[:, 0]),
         ValueError,
-        "RNN.init: xs must be [B, T, D], got shape (2, 3); LSTM(4) takes x of 1 ...",
+        "RNN.init: xs must be [B, T, D], got shape (2, 3); LSTM(4) takes inputs ...",
     ),
     "a dtype by a name that is none": Mistake(
         lambda: jlstm.Policy(compute="bf16"),
@@ -507,10 +507,10 @@ MISTAKES = {
         TypeError,
         "LSTM.activation: must be a function, got 'relu'; give jax.nn.relu",
     ),
-    "a step of what answers once a sequence": Mistake(
+    "a step of one answer for a sequence": Mistake(
         lambda: jlstm.step(ANSWER, ANSWER_PARAMS, None, XS[:, 0]),
         ValueError,
-        "step: needs a layer of one output a step, got Classifier(...), which ...",
+        "step: needs a layer with one output for each step, got Classifier(...), ...",
     ),
     "an impossible time": Mistake(
         lambda: jlstm.init.Chrono(2), ValueError, "Chrono.max_time: must be >= 3, got 2"

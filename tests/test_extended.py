@@ -255,8 +255,8 @@ def test_the_default_is_chunkwise_where_that_can_be():
 @pytest.mark.parametrize(
     ("cell", "options", "reason"),
     [
-        (jlstm.SLSTM(4), {}, r"computes an MLSTM, got SLSTM\(4\)"),
-        (CELL, {"checkpoint_every": 2}, "so checkpoint_every has no meaning"),
+        (jlstm.SLSTM(4), {}, r"runs only an MLSTM, got SLSTM\(4\)"),
+        (CELL, {"checkpoint_every": 2}, "so it cannot honour checkpoint_every"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(cell, options, reason):

@@ -167,12 +167,12 @@ def test_module_inside_of_a_module():
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: jlstm.flax.Module(LAYER, XS), ValueError, "give xs and rngs, which"),
-        (lambda: jlstm.flax.Module(LAYER), ValueError, "give xs and rngs, which"),
+        (lambda: jlstm.flax.Module(LAYER, XS), ValueError, "give either params, or xs"),
+        (lambda: jlstm.flax.Module(LAYER), ValueError, "give either params, or xs"),
         (
             lambda: jlstm.flax.Module(LAYER, XS, rngs=nnx.Rngs(0), params=()),
             ValueError,
-            "give xs and rngs, which make params, or params",
+            "give either params, or xs and rngs to make them",
         ),
         (
             lambda: jlstm.flax.Module(jlstm.LSTM(2), XS),  # type: ignore
@@ -369,13 +369,14 @@ def test_lift_refuses_modules_with_more_than_params(make, options, message):
         (
             lambda: jlstm.lift(nn.Dense(4), 3),
             TypeError,
-            "Dense is made already, got arguments beside it; give them to its class",
+            "Dense is an instance already and takes no further arguments; give them to "
+            "its class",
         ),
         (
             lambda: jlstm.lift(nnx.Linear(3, 4, rngs=nnx.Rngs(0))),
             TypeError,
-            "must be a class of nnx with its arguments, got a Linear, whose arrays no "
-            "config can hold; give lift(Linear, ...)",
+            "must be a class of nnx, got an instance of Linear; give the class and its "
+            "arguments, lift(Linear, ...), because a config cannot hold the arrays",
         ),
         (
             lambda: jlstm.lift(3),
@@ -390,12 +391,12 @@ def test_lift_refuses_modules_with_more_than_params(make, options, message):
         (
             lambda: jlstm.lift(nn.Sequential([nn.Dense(3)])),  # type: ignore
             ValueError,
-            "Sequential(layers=(Dense(features=3),)) must be hashable; give tuples in",
+            "Sequential(layers=(Dense(features=3),)) must be hashable; use tuples",
         ),
         (
             lambda: jlstm.lift(nnx.Linear, [3], 4),
             ValueError,
-            "the arguments in Linear, (3,), 4 must be hashable; give tuples in the pla",
+            "the arguments in Linear, (3,), 4 must be hashable; use tuples instead of",
         ),
         (
             lambda: jlstm.Lifted(nn.Dense(4)),  # type: ignore

@@ -274,16 +274,20 @@ def test_gradients_do_not_depend_on_what_else_runs():
 @pytest.mark.parametrize(
     ("cell", "request_", "reason"),
     [
-        (jlstm.Elman(3), Request(), r"has loops for LSTM and GRU, got Elman\("),
+        (jlstm.Elman(3), Request(), r"has loops only for LSTM and GRU, got Elman\("),
         (jlstm.GRU(3, reset_after=False), Request(), "reset_after=False"),
-        (jlstm.LSTM(3), Request(platform="gpu"), "runs on a CPU, .* on a gpu"),
+        (jlstm.LSTM(3), Request(platform="gpu"), "runs only on a CPU, .* on a gpu"),
         (
             jlstm.LSTM(3),
             Request(dtypes=frozenset({"float32", "bfloat16"})),
-            "computes in float32, got bfloat16",
+            "computes only in float32, got bfloat16",
         ),
-        (jlstm.LSTM(3), Request(return_carries=True), "does not return carries"),
-        (jlstm.LSTM(3), Request(sharded=True), "several devices outside shard_map"),
+        (
+            jlstm.LSTM(3),
+            Request(return_carries=True),
+            "cannot return the carry of every step",
+        ),
+        (jlstm.LSTM(3), Request(sharded=True), "several devices; call it inside"),
     ],
 )
 def test_request_that_native_cannot_meet_is_named(cell, request_, reason):

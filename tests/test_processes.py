@@ -124,7 +124,7 @@ def test_what_fails_in_the_first_process_ends_both(tmp_path, alone):
     assert [code for code, _ in outputs] == [2, 2], outputs
     assert time.monotonic() - began < 60
     assert "is not empty, but holds no run" in outputs[0][1]
-    assert "process 0 cannot begin" in outputs[1][1]
+    assert "process 0 could not begin" in outputs[1][1]
 
 
 def test_a_run_goes_on_when_a_process_was_killed(tmp_path, alone):

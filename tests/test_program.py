@@ -237,23 +237,26 @@ def test_states_change_places():
 
 
 UNSUITED = {
-    "it computes sin": lambda w, h, x: (jnp.sin(h), x),
-    "it computes cumsum": lambda w, h, x: (jnp.cumsum(h, -1), x),
-    "it slices rows": lambda w, h, x: (h, h[:2] @ w),
-    "it pads rows": lambda w, h, x: (h, jnp.pad(h, ((1, 0), (0, 0)))),
-    "it concatenates rows": lambda w, h, x: (h, jnp.concatenate([h, h])),
-    "it multiplies matrices that differ": lambda w, h, x: (h, contract(h, x)),
-    "a product that is not of rows": lambda w, h, x: (h, h @ w.reshape(2, 4, 2)),
-    "it takes transpose": lambda w, h, x: (h, w @ h.T),
-    "it computes in int32": lambda w, h, x: (h, x.astype(jnp.int32)),
-    "it computes in bfloat16": lambda w, h, x: (h.astype(jnp.bfloat16) * 1.0, x),
-    "of a sum over the rows": lambda w, h, x: (h - h.sum(0)[None], x),
-    "it takes reshape": lambda w, h, x: (h, h.reshape(3, 2, 2)),
-    "it computes in int": lambda w, h, x: (h, h * halved(x)),
-    "widths 6 and 4": lambda w, h, x: (h, jnp.ones((3, 6))),
-    "widths 3 and 4": lambda w, h, x: (h, jnp.broadcast_to(w[0, :3], (3, 3))),
+    "uses the operation sin": lambda w, h, x: (jnp.sin(h), x),
+    "uses the operation cumsum": lambda w, h, x: (jnp.cumsum(h, -1), x),
+    "slices the batch": lambda w, h, x: (h, h[:2] @ w),
+    "pads the batch": lambda w, h, x: (h, jnp.pad(h, ((1, 0), (0, 0)))),
+    "concatenates along the batch": lambda w, h, x: (h, jnp.concatenate([h, h])),
+    "by a matrix that differs": lambda w, h, x: (h, contract(h, x)),
+    "a product other than of rows": lambda w, h, x: (h, h @ w.reshape(2, 4, 2)),
+    "an array .* by transpose": lambda w, h, x: (h, w @ h.T),
+    "the step computes in int32": lambda w, h, x: (h, x.astype(jnp.int32)),
+    "the step computes in bfloat16": lambda w, h, x: (h.astype(jnp.bfloat16) * 1.0, x),
+    "to a sum over the rows": lambda w, h, x: (h - h.sum(0)[None], x),
+    "an array .* by reshape": lambda w, h, x: (h, h.reshape(3, 2, 2)),
+    "the step computes in int": lambda w, h, x: (h, h * halved(x)),
+    "width 6, which is not a multiple of 4": lambda w, h, x: (h, jnp.ones((3, 6))),
+    "width 3, which is not a multiple of 4": lambda w, h, x: (
+        h,
+        jnp.broadcast_to(w[0, :3], (3, 3)),
+    ),
     "takes 1[0-9]+ instructions": lambda w, h, x: (wide(h), x),
-    "it needs [0-9]+ vectors": lambda w, h, x: (tangled(h), x),
+    "needs [0-9]+ vectors": lambda w, h, x: (tangled(h), x),
 }
 
 
@@ -563,16 +566,24 @@ def test_explanation_says_where_steps_run(monkeypatch):
     assert jlstm.explain(jlstm.LSTM(3)).note == ""
     assert jlstm.explain(cell, jnp.ones((2, 1, 4))).note == "one step, in XLA"
     assert jlstm.explain(Normed(3)).note == (
-        "its products in C++, the rest of its steps in XLA: it computes cumsum"
+        "its products in C++, the rest of its steps in XLA: the step "
+        "uses the operation cumsum, which C++ does not have"
     )
     assert jlstm.explain(cell, jnp.ones((2, 3, 4), int)).note != "its steps in C++"
-    assert jlstm.explain(OnlyForward(3)).note.endswith("in XLA: it computes acos")
+    assert jlstm.explain(OnlyForward(3)).note.endswith(
+        "operation acos, which C++ does not have"
+    )
     note = jlstm.explain(cell, jnp.ones((2, 3, 4), jnp.bfloat16)).note
-    assert note == "its steps in XLA: these are for float32, got bfloat16"
+    assert (
+        note == "its steps in XLA: the C++ loops compute only in float32, got bfloat16"
+    )
     mixed = jlstm.Precision(cell, jlstm.Policy(compute=jnp.bfloat16))
-    assert jlstm.explain(mixed).note == "its steps in XLA: it computes in bfloat16"
-    monkeypatch.setattr(library, "why_not", lambda: "is left out by JLSTM_NATIVE=0")
+    assert (
+        jlstm.explain(mixed).note
+        == "its steps in XLA: the step computes in bfloat16, and C++ only in float32"
+    )
+    monkeypatch.setattr(library, "why_not", lambda: "is turned off by JLSTM_NATIVE=0")
     note = jlstm.explain(cell).note
-    assert note == "its steps in XLA: the library is left out by JLSTM_NATIVE=0"
+    assert note == "its steps in XLA: the C++ library is turned off by JLSTM_NATIVE=0"
     assert "on a gpu" in str(product.why_not(Request(platform="gpu")))
-    assert "outside shard_map" in str(product.why_not(Request(sharded=True)))
+    assert "call it inside jax.shard_map" in str(product.why_not(Request(sharded=True)))

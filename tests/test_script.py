@@ -220,9 +220,11 @@ def test_workdir_belongs_to_one_config(tmp_path, capsys):
         metric="loss", value=1, floor=2, floor_name="mean", lower_is_better=True
     )
     other = dataclasses.replace(config, hidden_size=65)
-    with pytest.raises(ValueError, match=r"hidden_size: was 64, is 65; choose another"):
+    with pytest.raises(
+        ValueError, match=r"hidden_size: was 64, is now 65; choose another"
+    ):
         train.Workdir(other, "add")
-    with pytest.raises(ValueError, match=r"experiment: was 'add', is 'sub'"):
+    with pytest.raises(ValueError, match=r"experiment: was 'add', is now 'sub'"):
         train.Workdir(config, "sub")
     # What does not change the result may differ.
     again = train.Workdir(dataclasses.replace(config, mesh="data=2"), "add")
@@ -305,7 +307,7 @@ def test_result_beats_the_floor_only_if_it_is_better(
 
 def test_result_refuses_to_write_an_entry_twice(tmp_path):
     workdir = train.Workdir(Config(), "add")
-    with pytest.raises(ValueError, match=r"\['seed'\] are written already"):
+    with pytest.raises(ValueError, match=r"\['seed'\] are entries of result"):
         workdir.write_result(
             metric="x",
             value=1,

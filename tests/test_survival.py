@@ -189,7 +189,7 @@ def test_another_config_is_refused_with_what_differs(tmp_path):
     shutil.rmtree(tmp_path / "run" / "plots")
     code, output = finish(start(tmp_path / "run", "--seed", 3, "--batch-size", 2))
     assert code == 2
-    assert "seed: was 0, is 3; batch_size: was 4, is 2" in output
+    assert "seed: was 0, is now 3; batch_size: was 4, is now 2" in output
 
 
 @pytest.mark.slow

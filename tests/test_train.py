@@ -259,9 +259,9 @@ def test_quantile_loss_takes_nan_targets_under_the_mask():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantiles": ()}, r"quantiles must be numbers in \(0, 1\)"),
-        ({"quantiles": (0.0, 0.5, 0.9)}, r"in \(0, 1\), at least one, got \(0.0"),
-        ({"quantiles": 0.5}, r"in \(0, 1\), at least one, got 0.5"),
+        ({"quantiles": ()}, r"quantiles must be at least one number in"),
+        ({"quantiles": (0.0, 0.5, 0.9)}, r"in \(0, 1\), got \(0.0"),
+        ({"quantiles": 0.5}, r"in \(0, 1\), got 0.5"),
         ({"quantiles": (0.1, 0.9)}, r"must be \[4, 5, 2\], one for each of the 2"),
         ({"targets": np.zeros((4, 5, 3))}, r"must be \[4, 5, 3, 3\], one for each"),
         ({"mask": np.ones((4, 5))}, "mask must be boolean"),
@@ -737,7 +737,7 @@ def test_what_is_no_state_step_or_transformation_is_refused():
     for wrong in (linear_loss, step):
         with pytest.raises(ValueError, match=r"step from make_eval_step, called with"):
             any_evaluate(wrong, state.params, [batch])
-    with pytest.raises(ValueError, match=r"for params; give state\.params"):
+    with pytest.raises(ValueError, match=r"got a TrainState; give state\.params"):
         train.evaluate(eval_step, state, [batch])
     for call in (train.create_state, train.make_train_step):
         with pytest.raises(ValueError, match="tx must be an optax transformation, got"):
@@ -1025,7 +1025,7 @@ def test_make_schedule_warms_up_and_ends_where_it_says():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": train.Cosine()}, "num_steps: Cosine.* must know the length"),
+        ({"schedule": train.Cosine()}, "num_steps: needed by Cosine.*, got None"),
         ({"schedule": "cosine"}, r"schedule: must be one of Constant\(\), .*'cosine'"),
         ({"num_steps": 0}, "num_steps: must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate: must be positive"),
@@ -1039,7 +1039,7 @@ def test_make_schedule_warms_up_and_ends_where_it_says():
         ({"schedule": train.Exponential(0.1, 0.0)}, "must be above 0 for Exponential"),
         (
             {"schedule": train.Steps(at=(0.5, 0.5)), "num_steps": 9},
-            "schedule.at: must rise, from after",
+            "schedule.at: must be in rising order",
         ),
         ({"clip_norm": 0.0}, "clip_norm: must be positive"),
     ],
@@ -1080,7 +1080,7 @@ def test_checkpoint_is_not_overwritten_unless_told(tmp_path):
         ({"a": {"w": jnp.zeros(2, int)}}, r"float32\[2\], expected int32\[2\]"),
         ({"a": {"w": jnp.zeros(2, jnp.bfloat16)}}, r"expected bfloat16\[2\]"),
         ({"a": {"v": jnp.zeros(2)}}, r"load: a/v, float32\[2\], is missing in .*/a;"),
-        ({}, r"load: a/w, float32\[2\], is missing in like; give like the structure"),
+        ({}, r"load: a/w, float32\[2\], is missing in like; give like= the structure"),
     ],
 )
 def test_load_names_the_first_wrong_leaf(tmp_path, like, message):
@@ -1093,7 +1093,9 @@ def test_load_names_the_first_wrong_leaf(tmp_path, like, message):
 def test_load_says_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="load: there is no checkpoint at"):
         train.load(tmp_path / "missing", {"w": jnp.zeros(2)})
-    with pytest.raises(ValueError, match=r"whole checkpoint: manifest.json is missing"):
+    with pytest.raises(
+        ValueError, match=r"intact checkpoint: manifest.json is missing"
+    ):
         train.load(tmp_path, {"w": jnp.zeros(2)})
 
 

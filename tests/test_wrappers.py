@@ -300,7 +300,8 @@ def test_weight_norm_changes_no_function_at_init():
         ),
         (
             lambda: jlstm.VariationalDropout(Plain(3), recurrent=0.1),
-            "VariationalDropout.cell: must be in gated form for recurrent, got Plain",
+            "VariationalDropout.cell: recurrent dropout needs a cell with project, mix "
+            "and update, got Plain",
         ),
         (lambda: jlstm.DropConnect(LSTM, 0), "DropConnect: give rate above 0"),
         (lambda: jlstm.ClipCarry(LSTM, 0), "ClipCarry.limit: must be positive, got 0"),
@@ -316,14 +317,14 @@ def test_construction_refuses(make_cell, line):
     [
         (
             jlstm.Zoneout(jlstm.GRU(4), c=0.1),
-            "Zoneout.c: the carry of GRU.* no array c",
+            "Zoneout.c: the carry of GRU.* no field 'c'; its fields",
         ),
         (
             jlstm.DropConnect(LSTM, 0.1, ("w_hx",)),
-            "DropConnect.names: .* no weight 'w_hx', but w_ih, w_hh, b",
+            "DropConnect.names: .* no weight 'w_hx'; its weights are: w_ih, w_hh, b",
         ),
         (jlstm.WeightNorm(LSTM, ("w",)), "WeightNorm.names: .* no weight 'w'"),
-        (jlstm.ClipCarry(LSTM, 1.0, ("n",)), "ClipCarry.names: .* no 'n'"),
+        (jlstm.ClipCarry(LSTM, 1.0, ("n",)), "ClipCarry.names: .* no field 'n'"),
         (jlstm.ResidualCell(jlstm.LSTM(5)), "ResidualCell: the outputs of LSTM"),
     ],
     ids=repr,

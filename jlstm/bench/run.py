@@ -66,11 +66,14 @@ def make_plan(config: Config) -> Plan:
     sizes = tuple(map(Size.parse, config.sizes))
     for name in chosen:
         if sizes and not SUITES[name].resizable:
-            raise ValueError(f"--sizes: {name} has a size of its own; leave it out")
+            raise ValueError(f"--sizes: {name} has a fixed size; leave the option out")
     workers = variants + tuple(filter(peers.installed, wanted))
     for name in chosen:
         if not {*SUITES[name].variants, *SUITES[name].peers} & set(workers):
-            raise ValueError(f"--variants, --peers: none takes part in {name}")
+            raise ValueError(
+                f"--variants, --peers: must name some that take part in {name}, got "
+                "none"
+            )
     return Plan(
         suites={name: sizes or SUITES[name].sizes for name in chosen},
         workers=workers,
@@ -82,7 +85,9 @@ def _names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part))
     for name in names:
         if name not in known:
-            raise ValueError(f"--{option}: must be of {', '.join(known)}, got {name!r}")
+            raise ValueError(
+                f"--{option}: must be among {', '.join(known)}, got {name!r}"
+            )
     return names
 
 
@@ -107,7 +112,7 @@ def run(config: Config) -> dict[str, Any]:
         print(f"not installed: {', '.join(plan.absent)}", flush=True)
     load = environment()["load"]
     if load > 0.5:
-        print(f"other work has a load of {load:.1f}: the times will mislead")
+        print(f"other programs load this machine ({load:.1f}): the times will mislead")
     start, done = time.perf_counter(), 0
     total = sum(map(len, plan.suites.values()))
     for name, sizes in plan.suites.items():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlstm.cells.dropout import replace, weight_of
+from jlstm.cells.dropout import fields_of, replace, weight_of
 from jlstm.cells.gates import row
 from jlstm.cells.wrappers import Wrapper
 from jlstm.types import Array, PyTree, config
@@ -134,8 +134,8 @@ class ClipCarry(Wrapper):
         missing = [name for name in self.names if not hasattr(new, name)]
         if missing:
             raise ValueError(
-                f"ClipCarry.names: the carry of {self.cell!r} has no {missing[0]!r}, "
-                f"but {getattr(new, '_fields', type(new).__name__)}"
+                f"ClipCarry.names: the carry of {self.cell!r} has no field "
+                f"{missing[0]!r}; {fields_of(new)}"
             )
         parts = {name: jax.tree.map(clip, getattr(new, name)) for name in self.names}
         return new._replace(**parts), y

@@ -165,14 +165,14 @@ class ConvLSTM:
             )
 
     def _sizes(self, name: str) -> tuple[int, ...]:
-        """A field's sizes, one a spatial axis."""
+        """A field's sizes, one for each spatial axis."""
         value, axes = getattr(self, name), len(self.spatial_shape)
         sizes = value if isinstance(value, tuple) else (value,) * axes
         # A bool is an int too.
         if len(sizes) != axes or any(type(n) is not int or n < 1 for n in sizes):
             raise ValueError(
-                f"ConvLSTM.{name}: must be a positive int, or a tuple of {axes}, one a "
-                f"spatial axis, got {value!r}"
+                f"ConvLSTM.{name}: must be a positive int, or a tuple of {axes}, one "
+                f"for each spatial axis, got {value!r}"
             )
         return sizes
 

@@ -115,8 +115,8 @@ class Zoneout(Wrapper):
             leaf = getattr(carry, name, None)
         if not hasattr(leaf, "dtype"):
             raise ValueError(
-                f"Zoneout.{name}: the carry of {self.cell!r} has no array {name}, but "
-                f"{getattr(carry, '_fields', type(carry).__name__)}"
+                f"Zoneout.{name}: the carry of {self.cell!r} has no field {name!r}; "
+                f"{fields_of(carry)}"
             )
         return leaf
 
@@ -163,8 +163,8 @@ class VariationalDropout(Wrapper):
         check_rates(self, "inputs", "recurrent")
         if self.recurrent and not gated(self.cell):
             raise ValueError(
-                "VariationalDropout.cell: must be in gated form for recurrent, got "
-                f"{self.cell!r}, which has step alone; give it project, mix and update"
+                "VariationalDropout.cell: recurrent dropout needs a cell with "
+                f"project, mix and update, got {self.cell!r}, which has only step"
             )
 
     def before(
@@ -193,6 +193,14 @@ class VariationalDropout(Wrapper):
             left = getattr(carry, "h", carry) * params.extra
             carry = carry._replace(h=left) if hasattr(carry, "_replace") else left
         return super().mix(params, carry, zx)
+
+
+def fields_of(carry: PyTree) -> str:
+    """Lists the fields of a carry, for a message."""
+    fields = getattr(carry, "_fields", ())
+    if not fields:
+        return f"it is of type {type(carry).__name__}"
+    return f"its fields are: {', '.join(fields)}"
 
 
 def _keep(key: Array, rate: float, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -263,8 +271,8 @@ def weight_of(wrapper: Any, params: PyTree, name: str) -> Array:
     if not hasattr(fields.get(name), "dtype"):
         found = [key for key, leaf in fields.items() if hasattr(leaf, "dtype")]
         raise ValueError(
-            f"{type(wrapper).__name__}.names: {wrapper.cell!r} has no weight {name!r}, "
-            f"but {', '.join(found) or type(params).__name__}"
+            f"{type(wrapper).__name__}.names: {wrapper.cell!r} has no weight {name!r}; "
+            + (f"its weights are: {', '.join(found)}" if found else "it has none")
         )
     return fields[name]
 

@@ -246,7 +246,9 @@ def gates(
     """
     count = len(kinds)
     if not kinds or set(kinds) - set("st"):
-        raise ValueError(f"gates: kinds must be letters s and t, got {kinds!r}")
+        raise ValueError(
+            f"gates: kinds must consist of the letters s and t, got {kinds!r}"
+        )
     if z.shape[-1] % count:
         raise ValueError(
             f"gates: the last axis must be a multiple of {count} ({kinds!r}), got "
@@ -254,7 +256,8 @@ def gates(
         )
     if names is not None and len(names) != count:
         raise ValueError(
-            f"gates: names must be {count}, one a gate of {kinds!r}, got {names!r}"
+            f"gates: names must have {count} entries, one for each gate of {kinds!r}, "
+            f"got {names!r}"
         )
     functions = {"s": sigmoid, "t": tanh}
     return _name_gates(_activate(z, kinds), kinds, names, functions)

@@ -171,8 +171,8 @@ def _checked(x: TimeLSTMInput) -> TimeLSTMInput:
     lead = values.shape[:-1]
     if elapsed.shape not in (lead, (*lead, 1)):
         raise ValueError(
-            f"TimeLSTM: elapsed must be {list(lead)} or {[*lead, 1]}, one time a step, "
-            f"got {list(elapsed.shape)}"
+            f"TimeLSTM: elapsed must be {list(lead)} or {[*lead, 1]}, one time for "
+            f"each step, got {list(elapsed.shape)}"
         )
     return TimeLSTMInput(values, elapsed.reshape(*lead, 1).astype(float_dtype(values)))
 

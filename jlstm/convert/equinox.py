@@ -113,9 +113,9 @@ def _peer(*, bias: bool = True) -> Peer:
 
 def _why_not(cell: Any) -> str | None:
     if not isinstance(cell, LSTM | GRU):
-        return "it has an LSTMCell and a GRUCell"
+        return "it has only an LSTMCell and a GRUCell"
     if isinstance(cell, GRU) and not cell.reset_after:
-        return "its GRUCell resets after the product alone"
+        return "its GRUCell has only the form with reset_after=True"
     return None
 
 

@@ -135,11 +135,11 @@ def _why_not(cell: Any) -> str | None:
     if isinstance(cell, ConvLSTM):
         return why_not_plain(cell)
     if type(cell) not in NAMES:
-        return "it has no such core"
+        return "it has no such cell"
     if isinstance(cell, GRU) and cell.reset_after:
-        return "its GRU resets before the product; that is GRU(reset_after=False)"
+        return "its GRU has only the form with reset_after=False"
     if isinstance(cell, Elman) and cell.activation not in RELU:
-        return "its VanillaRNN has a ReLU; that is Elman(activation=jax.nn.relu)"
+        return "its VanillaRNN has only the form with activation=jax.nn.relu"
     return None
 
 

@@ -109,7 +109,7 @@ def _order(parts: list[Part]) -> Iterator[tuple[Part, str]]:
 
 
 def _why_not(cell: Any) -> str | None:
-    return None if isinstance(cell, LSTM) else "it has the LSTM alone"
+    return None if isinstance(cell, LSTM) else "it has only an LSTM"
 
 
 _PEER = Peer(

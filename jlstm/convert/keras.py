@@ -84,8 +84,8 @@ def from_keras(
     else:
         if prefix:
             raise ValueError(
-                f"from_keras: prefix={prefix!r} chooses among paths, which a list has "
-                "not; give {v.path: v for v in model.weights}"
+                f"from_keras: prefix={prefix!r} needs paths, and a list has none; "
+                "give {v.path: v for v in model.weights}"
             )
         tensors, found, name = _from_list(weights, layer)
     return read_layer(_peer(), tensors, layer, found, name)

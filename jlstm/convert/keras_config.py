@@ -114,8 +114,8 @@ def _grid_of(kind: str, config: Mapping[str, Any], given: Any) -> ConvLSTM:
     cell = None if given is None else parts_of("from_keras", given)[0].cell
     if not isinstance(cell, ConvLSTM):
         raise ValueError(
-            f"from_keras: weights of a {kind} do not tell the grid; give layer=, of a "
-            "ConvLSTM"
+            f"from_keras: the weights of a {kind} do not tell its spatial shape; give "
+            "layer=, such as RNN(ConvLSTM(...))"
         )
     fields = {"strides": "strides", "padding": "padding", "dilation": "dilation_rate"}
     expected = [config[theirs] for theirs in fields.values()]

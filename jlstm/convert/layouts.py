@@ -111,7 +111,10 @@ def why_not_plain(cell: ConvLSTM) -> str | None:
 
 def no_grid(leaves: Leaves, leaf: str) -> ValueError:
     """Makes the error of a convolution that no layer was given for."""
-    hint = "; give layer=, of a ConvLSTM, since weights do not tell the grid"
+    hint = (
+        "; give layer=, such as RNN(ConvLSTM(...)), because the weights do not tell "
+        "its spatial shape"
+    )
     return leaves.error(leaf, "no convolution", text(leaves.shape(leaf, "")), hint)
 
 

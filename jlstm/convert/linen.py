@@ -125,7 +125,7 @@ def _why_not(cell: Any) -> str | None:
         return "it has no such cell"
     if isinstance(cell, GRU | MGU) and not cell.reset_after:
         name = type(cell).__name__
-        return f"its {name}Cell resets after the product alone"
+        return f"its {name}Cell has only the form with reset_after=True"
     return None
 
 
@@ -134,7 +134,7 @@ def _read(leaves: Leaves, cell: Any) -> tuple[Any, Weights]:
     if isinstance(cell, ConvLSTM):
         return cell, read_grid(leaves, cell, ("ih", "hh"), ("kernel", "bias"))
     if isinstance(cell, MGU) and "hn/bias" not in leaves:
-        hint = "; there is no cell here like an MGUCell with reset_gate=False"
+        hint = "; jlstm has no cell like an MGUCell with reset_gate=False"
         raise leaves.error("hn/bias", text((cell.hidden_size,)), "no such tensor", hint)
     return cell, read_gates(leaves, cell, *KERNELS[type(cell)])
 

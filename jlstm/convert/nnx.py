@@ -110,7 +110,7 @@ def _why_not(cell: Any) -> str | None:
     if not isinstance(cell, LSTM | GRU | Elman):
         return "it has no such cell"
     if isinstance(cell, GRU) and not cell.reset_after:
-        return "its GRUCell resets after the product alone"
+        return "its GRUCell has only the form with reset_after=True"
     return None
 
 
@@ -135,7 +135,8 @@ def _write(part: Part, weights: Weights, *, optimized: bool) -> dict[str, np.nda
     if apart is not None and apart.any():
         raise ValueError(
             f"to_nnx: params{part.path}.b_hh, the bias inside the reset gate, is not "
-            "zero, and nnx.GRUCell has none; Linen's GRUCell has it"
+            "zero, and nnx.GRUCell has no such bias; Linen's GRUCell has one, so use "
+            "to_linen"
         )
     is_lstm = isinstance(part.cell, LSTM)
     if is_lstm and not optimized:

@@ -88,9 +88,9 @@ class Peer:
         elif isinstance(part.layer, Bidirectional) and (
             part.layer.merge not in self.merges
         ):
-            why = f"two directions are merged by {' or '.join(self.merges)} there"
+            why = f"it merges two directions only by {' or '.join(self.merges)}"
         elif isinstance(part.layer, RNN) and part.layer.reverse and not self.reverse:
-            why = "no layer runs backward alone there; convert RNN(cell)"
+            why = "it has no layer that runs only backward; convert RNN(cell)"
         elif type(part.cell) not in KINDS:
             why = "it has no such cell"
         else:
@@ -146,8 +146,8 @@ def _flat(where: str, layer: Any, params: Any, path: str) -> Iterator[tuple]:
     if not recurrent and type(inner(layer)) not in KINDS:
         raise ValueError(
             f"{where}: layer{path} must be an RNN, bidirectional, a stack of them, or "
-            f"a cell that is known here, got {layer!r}; convert the recurrent layers "
-            "alone"
+            f"a cell that is known here, got {layer!r}; convert only the recurrent "
+            "layers"
         )
     if isinstance(layer, Bidirectional) and not isinstance(
         params, BidirectionalParams | None
@@ -249,7 +249,7 @@ def in_order(
         places = [Place()]
         if len(begins) != 1:
             raise ValueError(
-                f"{where}: weights do not tell how {len(begins)} cells "
+                f"{where}: the weights do not tell how {len(begins)} cells "
                 f"({', '.join(begins[:4])}) are put together; give layer=, such as a "
                 "stack, or prefix= of one of them"
             )

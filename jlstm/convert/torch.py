@@ -147,9 +147,9 @@ def check_alike(where: str, layer: Any) -> None:
     for part in others:
         if kind(part) != kind(first):
             raise ValueError(
-                f"{where}: the layers of one module are alike, got {first.cell!r} in "
-                f"layer{first.path} and {part.cell!r} in layer{part.path}; convert "
-                "each alone"
+                f"{where}: all layers of one PyTorch module must be alike, got "
+                f"{first.cell!r} in layer{first.path} and {part.cell!r} in "
+                f"layer{part.path}; convert each one separately"
             )
 
 
@@ -166,11 +166,11 @@ def _peer(*, bias: bool = True, activation: str | None = None) -> Peer:
 
 def _why_not(cell: Any) -> str | None:
     if isinstance(cell, Elman) and cell.activation not in (*TANH, *RELU):
-        return "its RNN has tanh or relu"
+        return "its RNN has only tanh and relu"
     if isinstance(cell, GRU) and not cell.reset_after:
-        return "its GRU resets after the product alone"
+        return "its GRU has only the form with reset_after=True"
     if isinstance(cell, LSTMP) and (cell.cell_clip or cell.proj_clip):
-        return "its LSTM clips nothing"
+        return "its LSTM cannot clip"
     if not isinstance(cell, LSTM | GRU | Elman | LSTMP):
         return "it has no such cell"
     return None
@@ -230,8 +230,8 @@ def write_cell(
     if weights.w_hr is not None:
         if part.place.bare:
             raise ValueError(
-                f"to_torch: PyTorch has no place for {part.cell!r}: its LSTMCell does "
-                "not project; convert RNN(cell)"
+                f"to_torch: PyTorch has no place for {part.cell!r}: its LSTMCell has "
+                "no projection; convert RNN(cell)"
             )
         arrays["weight_hr"] = weights.w_hr.T
     return arrays

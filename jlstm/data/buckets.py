@@ -135,8 +135,8 @@ def bucketed(
     length = len(plan(0))
     if not length:
         raise ValueError(
-            f"{where}: {len(examples)} examples fill no batch of {max(rows)} rows; "
-            "lower the batch, or leave out drop_remainder"
+            f"{where}: {len(examples)} examples do not fill a batch of {max(rows)} "
+            "rows; lower the batch size, or leave out drop_remainder"
         )
     return make_dataset(
         where,
@@ -184,7 +184,8 @@ def _field_kinds(
     reserved = {"lengths", *(f"{name}_lengths" for name in own_lengths)} & set(example)
     if reserved:
         raise ValueError(
-            f"bucketed: the batch has {sorted(reserved)} of its own; rename the fields"
+            f"bucketed: the batch has fields {sorted(reserved)} of its own; rename "
+            "those of the examples"
         )
     if "" not in kinds.values():
         raise ValueError(
@@ -201,7 +202,7 @@ def _measure(
     if set(example) != set(kinds):
         raise ValueError(
             f"bucketed: example {index} has the fields {sorted(example)}, example 0 "
-            f"has {sorted(kinds)}; give all the same"
+            f"has {sorted(kinds)}; give all examples the same fields"
         )
     timed = {
         name: len(np.asarray(example[name]))
@@ -217,8 +218,8 @@ def _measure(
     length = next(iter(common.values()))
     if length == 0:
         raise ValueError(
-            f"bucketed: example {index} has length 0, as the rows have that fill a "
-            "batch; leave it out, or give it one symbol that means nothing"
+            f"bucketed: example {index} has length 0, which marks the rows that fill "
+            "up a batch; leave it out, or give it one padding symbol"
         )
     return [length, *(n for name, n in timed.items() if kinds[name] == name)]
 

@@ -91,17 +91,27 @@ def fetch(
     if path.exists():
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        _check_hash(path, path.stat().st_size, found, expected, "remove it to go on")
+        _check_hash(
+            path,
+            path.stat().st_size,
+            found,
+            expected,
+            "remove the file to fetch it again",
+        )
         return path
     by_hand = f"or put the file with SHA-256 {expected} at {path}"
     offline = os.environ.get("JLSTM_OFFLINE", "") not in ("", "0")
     if offline and not url.lower().startswith("file:"):
-        raise OSError(f"fetch: {url}: offline by JLSTM_OFFLINE; unset it, {by_hand}")
+        raise OSError(
+            f"fetch: {url}: JLSTM_OFFLINE forbids downloads; unset it, {by_hand}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path)
     try:
         size, found = _download(url, part, max_bytes, timeout)
-        _check_hash(url, size, found, expected, "it changed, or sha256 is wrong")
+        _check_hash(
+            url, size, found, expected, "the file has changed, or sha256 is wrong"
+        )
         os.replace(part, path)
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
@@ -157,7 +167,7 @@ def extract(
     if not archive.is_file():
         raise FileNotFoundError(f"extract: no file at {archive}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"extract: {folder} is there already; choose an empty folder")
+        raise ValueError(f"extract: {folder} exists already; choose an empty folder")
     half = _beside(folder)
     half.mkdir(parents=True)
     size = archive.stat().st_size
@@ -174,7 +184,9 @@ def extract(
         # Decompressors raise OSError without a number; zipfile seeks where headers say.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        message = f"extract: {archive} is no whole archive: {str(error) or 'cut'}"
+        message = (
+            f"extract: {archive} is not a valid archive: {str(error) or 'cut off'}"
+        )
         raise ValueError(message) from error
     finally:
         shutil.rmtree(half, ignore_errors=True)
@@ -217,10 +229,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         try:
             _check_url(newurl)
             if req.type == "https" and not newurl.lower().startswith("https:"):
-                raise ValueError(f"fetch: {newurl!r} is no https:// URL")
+                raise ValueError(f"fetch: {newurl!r} is not an https:// URL")
         except ValueError as error:
             fp.close()
-            raise ValueError(f"{error}, by a redirect of {req.full_url}") from None
+            raise ValueError(f"{error}, after a redirect from {req.full_url}") from None
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -241,7 +253,7 @@ def _download(url: str, part: Path, max_bytes: int, timeout: float) -> tuple[int
                 "file may be that long"
             )
         if length is not None and size != length:
-            raise OSError(f"the answer is cut: got {size} of {length} bytes")
+            raise OSError(f"the answer is cut off: got {size} of {length} bytes")
         file.flush()
         os.fsync(file.fileno())
     return size, digest.hexdigest()
@@ -274,9 +286,9 @@ class _Target:
         if name.startswith("/") or ".." in parts or drive:
             raise _Refused(f"{name!r} leads out of the folder")
         if "\\" in name or "\0" in name or not (parts or is_folder):
-            raise _Refused(f"{name!r} is no name of a file")
+            raise _Refused(f"{name!r} is not a valid file name")
         if len(parts) > 64:
-            raise _Refused(f"{name[:40]!r}... is in more than 64 folders")
+            raise _Refused(f"{name[:40]!r}... is nested in more than 64 folders")
         path = ""
         for depth, part in enumerate(parts, 1):
             path = f"{path}/{part}" if path else part
@@ -324,7 +336,7 @@ def _unpack(archive: Path, target: _Target) -> None:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         if not zipfile.is_zipfile(archive):
-            raise _Refused("is neither zip nor tar, or is cut") from None
+            raise _Refused("is neither zip nor tar, or is cut off") from None
         return _unpack_zip(archive, target)
     return _unpack_tar(archive, open, target)
 
@@ -339,7 +351,7 @@ def _unpack_zip(archive: Path, target: _Target) -> None:
                 raise _Refused(f"{name!r} is encrypted")
             # For other methods, zipfile unpacks a whole block at once, of any ratio.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise _Refused(f"{name!r} is neither stored nor deflated")
+                raise _Refused(f"{name!r} is compressed by a method other than deflate")
             if name.endswith("/"):
                 target.place(name, is_folder=True)
                 continue
@@ -359,12 +371,14 @@ def _unpack_tar(archive: Path, opener: Callable[..., Any], target: _Target) -> N
                 continue
             source = file.extractfile(member) if member.isfile() else None
             if source is None or member.issparse():
-                raise _Refused(f"{member.name!r} is a link, a device or sparse")
+                raise _Refused(f"{member.name!r} is a link, a device or a sparse file")
             with source:
                 target.write(member.name, source, member.size, target.packed)
         # tarfile takes a broken header for the end of the archive.
         if stream.last != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no member at byte {file.offset}, and no end")
+            raise tarfile.ReadError(
+                f"neither a member nor the end at byte {file.offset}"
+            )
         while stream.read(BLOCK):  # to the checksum, where there is one
             pass
 
@@ -385,7 +399,10 @@ class _Forward(io.RawIOBase):
         self.last = data = self._raw.read(size)
         self._at += len(data)
         if self._at > self._limit:
-            raise _Refused(f"exceeds max_bytes and max_files: {self._limit} bytes")
+            raise _Refused(
+                f"has more than {self._limit} bytes, the limit that follows from "
+                "max_bytes and max_files"
+            )
         return data
 
     def tell(self) -> int:

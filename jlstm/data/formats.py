@@ -22,8 +22,8 @@ def read_text(path: str | Path) -> str:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the path is a folder, or the file is empty, not UTF-8, or no whole
-        gzip file.
+      ValueError: the path is a folder, or the file is empty, not UTF-8, or not a
+        valid gzip file.
     """
     path = Path(path)
     if not path.exists():
@@ -36,7 +36,7 @@ def read_text(path: str | Path) -> str:
         text = data.decode("utf-8")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
-            f"read_text: {path} is not a whole gzip file: {error}"
+            f"read_text: {path} is not a valid gzip file: {error}"
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(

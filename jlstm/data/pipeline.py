@@ -126,7 +126,8 @@ def batches(
     length = size // batch_size if drop_remainder else -(-size // batch_size)
     if length == 0:
         raise ValueError(
-            f"{where}: {size} rows make no batch of {batch_size}; lower batch_size"
+            f"{where}: {size} rows do not fill a batch of {batch_size}; lower "
+            "batch_size"
         )
 
     @functools.lru_cache(maxsize=2)

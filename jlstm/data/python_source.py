@@ -146,7 +146,9 @@ def _tokens(source: str) -> list[Token]:
             warnings.simplefilter("ignore")
             tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (tokenize.TokenError, SyntaxError) as error:
-        raise ValueError(f"python_token_classes: not Python: {error}") from error
+        raise ValueError(
+            f"python_token_classes: the text must be valid Python: {error}"
+        ) from error
     wrong = [
         token
         for token in tokens
@@ -155,7 +157,8 @@ def _tokens(source: str) -> list[Token]:
     ]
     if wrong:
         raise ValueError(
-            f"python_token_classes: not Python: {wrong[0].string!r} at {wrong[0].start}"
+            "python_token_classes: the text must be valid Python, got "
+            f"{wrong[0].string!r} at {wrong[0].start}"
         )
     return [(token.type, token.string, token.start, token.end) for token in tokens]
 

@@ -90,7 +90,7 @@ def elapsed(mask: ArrayLike, times: ArrayLike) -> np.ndarray:
     if seen.ndim != 2 or at.shape != seen.shape[:1]:
         raise ValueError(
             f"{where}: mask must be [T, D] and times [T], got {list(seen.shape)} and "
-            f"{list(at.shape)}; give one sequence a call"
+            f"{list(at.shape)}; give one sequence per call"
         )
     if not (np.diff(at) >= 0).all():
         raise ValueError(f"{where}: times must be in order and not NaN; sort the steps")

@@ -80,7 +80,7 @@ def lanes(
     if rounds < 1:
         raise ValueError(
             f"{where}: {len(stream)} symbols are too few for batch_size={batch_size}, "
-            f"length={length} and segment={segment}, which take "
+            f"length={length} and segment={segment}, which need "
             f"{batch_size * length * (segment or 1) + 1 + room}; lower them"
         )
     slack = len(stream) - 1 - rounds * run * batch_size * length
@@ -145,7 +145,10 @@ def scoring_lanes(
     where = "scoring_lanes"
     stream = _check_stream(where, ids, batch_size, length)
     if len(stream) < 2:
-        raise ValueError(f"{where}: {len(stream)} symbols have no target; give two")
+        raise ValueError(
+            f"{where}: {len(stream)} symbols are too few for a target; give at least "
+            "two"
+        )
     bounds = np.arange(batch_size + 1) * (len(stream) - 1) // batch_size
     longest = int(np.diff(bounds).max())
     steps = np.arange(length + 1)

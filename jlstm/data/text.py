@@ -40,8 +40,8 @@ class Vocabulary:
     def __post_init__(self) -> None:
         if not self.symbols or len(set(self.symbols)) < len(self.symbols):
             raise ValueError(
-                f"Vocabulary: expected different symbols, got {len(self.symbols)} with "
-                f"{len(set(self.symbols))} different ones"
+                f"Vocabulary: symbols must all be different, got {len(self.symbols)}, "
+                f"of which {len(set(self.symbols))} are different"
             )
         if self.unknown is not None and self.unknown not in self.symbols:
             raise ValueError(
@@ -183,5 +183,5 @@ class Vocabulary:
             return cls(**{**fields, "symbols": tuple(fields["symbols"])})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"Vocabulary.from_json: not what to_json wrote: {error}"
+                f"Vocabulary.from_json: expected what to_json wrote: {error}"
             ) from error

@@ -126,9 +126,9 @@ def attribute(
     if len(jax.tree.leaves(xs)) != 1 or not is_inexact(xs):
         raise door.error(
             "attribute",
-            "xs must be one floating array, got "
-            f"{door.shapes(xs)} {jax.tree.leaves(xs)[0].dtype}; of tokens, give what "
-            "follows the embedding, and its vectors",
+            f"xs must be one floating array, got {door.shapes(xs)} "
+            f"{jax.tree.leaves(xs)[0].dtype}; for tokens, give the layers after the "
+            "embedding, and the embedded vectors",
         )
     if not isinstance(points, int) or points < 1:
         raise door.error("attribute", f"points must be a positive int, got {points!r}")

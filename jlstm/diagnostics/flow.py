@@ -193,7 +193,9 @@ def gradient_flow(
     masking = {"lengths": lengths, "mask": mask, "resets": resets}
     masking = check_inputs("gradient_flow", layer, xs, masking)
     if is_layer(layer) and reverse:
-        raise door.error("gradient_flow", "reverse is for cells; a layer says itself")
+        raise door.error(
+            "gradient_flow", "reverse is only for cells; a layer has its own direction"
+        )
     masking["key"] = key
     ys = jax.eval_shape(partial(run, layer, reverse), params, xs, carry, **masking)[0]
     shape = getattr(jax.eval_shape(loss, ys), "shape", None)

@@ -78,7 +78,9 @@ def trace(
     masking = {"lengths": lengths, "mask": mask, "resets": resets}
     masking = check_inputs("trace", layer, xs, masking)
     if is_layer(layer) and reverse:
-        raise door.error("trace", "reverse is for cells; a layer says itself")
+        raise door.error(
+            "trace", "reverse is only for cells; a layer has its own direction"
+        )
     masking["key"] = key
     with in_sight("trace", layer):
         ys, last, found = _trace(layer, reverse, params, xs, carry, masking)
@@ -144,8 +146,8 @@ def out_of_sight(where: str, layer: Any) -> ValueError:
     """Makes the error for a layer whose recurrences cannot be observed."""
     return door.error(
         where,
-        f"finds no recurrence in {layer!r}; what runs inside a jax.jit or a lax.scan "
-        "of the layer's own cannot be seen, so give the part inside by itself",
+        f"finds no recurrence in {layer!r}; a recurrence inside a jax.jit or a "
+        "lax.scan of the layer's own cannot be seen; give the inner layer by itself",
     )
 
 

@@ -224,8 +224,8 @@ def plot_training(
     if not curves:
         raise door.error(
             "plot_training",
-            f"no record has a metric that begins with {prefix!r}; give fit the hook "
-            "watch(...) before the one that writes",
+            f"no record has a metric that begins with {prefix!r}; list the hook "
+            "watch(...) before the one that writes the records",
         )
     options = {"nrows": len(curves), "sharex": True, "squeeze": False}
     with canvas(height=0.5 + 1.3 * len(curves), **options) as panels:

@@ -54,7 +54,10 @@ def plot_gates(
     trace = only(trace)
     _check("plot_gates", trace, row)
     if not trace.gates:
-        raise door.error("plot_gates", f"{trace.cell!r} names no gates; see gates")
+        raise door.error(
+            "plot_gates",
+            f"{trace.cell!r} names no gates; compute them with jlstm.gates",
+        )
     names = list(trace.gates)
     height = 0.5 + 1.1 * len(names)
     options = {"nrows": len(names), "sharex": True, "squeeze": False}
@@ -161,8 +164,8 @@ def plot_time_constants(
     if not merged.size:
         raise door.error(
             "plot_time_constants",
-            "no time constant is positive and finite; what is kept by the recurrent "
-            "product alone has none, see verdict",
+            "no time constant is positive and finite; what only the recurrent product "
+            "keeps has none; see jlstm.diagnostics.verdict",
         )
     low, high = merged.min() / 1.1, merged.max() * 1.1
     bins = np.geomspace(low, high, 25)

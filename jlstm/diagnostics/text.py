@@ -110,7 +110,8 @@ def colour_text(
     if numbers.shape != (len(made),):
         raise door.error(
             "colour_text",
-            f"values must be [{len(made)}], one a symbol, got {list(numbers.shape)}",
+            f"values must be [{len(made)}], one for each symbol, got "
+            f"{list(numbers.shape)}",
         )
     if scale is None:
         finite = np.abs(numbers[np.isfinite(numbers)])

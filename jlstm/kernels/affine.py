@@ -77,11 +77,11 @@ def pairs(cell: Any, params: PyTree, carry: PyTree, x: PyTree) -> list:
     """
     leaves = jax.tree.leaves(carry)
     if not all(map(is_inexact, leaves)):
-        raise NotAffine("the carry has leaves that are not floating")
+        raise NotAffine("the carry has arrays that are not floating")
     zx = cell.project(params, x)
     zh = cell.mix(params, carry, zx)
     if jax.tree.leaves(zh):
-        raise NotAffine("mix returns a recurrent product, not ()")
+        raise NotAffine("mix returns a recurrent product, but must return ()")
 
     def new_carry(carry: PyTree, params: PyTree, zx: PyTree) -> PyTree:
         return cell.update(params, carry, zx, zh)[0]
@@ -99,7 +99,9 @@ def pairs(cell: Any, params: PyTree, carry: PyTree, x: PyTree) -> list:
         after = [i for i in range(len(leaves)) if (i, k) in joined]
         joined |= {(i, j) for i in after for j in before}
     if any(leaves[i].dtype != leaves[j].dtype for i, j in joined):
-        raise NotAffine("the carry joins leaves of several dtypes")
+        raise NotAffine(
+            "arrays of the carry that depend on each other have different dtypes"
+        )
     return sorted(joined)
 
 
@@ -140,7 +142,9 @@ def _problem(eqn: Any, flags: list[bool]) -> str:
             return ""
         if name == "select_n" and not flags[0]:
             return ""
-    return f"update is not affine and elementwise in the carry: {name}"
+    return (
+        f"update must be affine and elementwise in the carry, but applies {name} to it"
+    )
 
 
 def _is_complex(aval: Any) -> bool:

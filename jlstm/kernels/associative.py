@@ -84,7 +84,8 @@ def unroll(
         pairs = affine.pairs(cell, params, carry, blocks.at(xs, 0, axis=1))
     except affine.NotAffine as problem:
         raise NotImplementedError(
-            f"associative: {problem}; use implementation='scan', or None to choose"
+            f"associative: {problem}; use implementation='scan', or None for the "
+            "default"
         ) from None
     over_steps = functools.partial(blocks.over_steps, sharded=may_be_sharded())
     tree = jax.tree.structure(carry)

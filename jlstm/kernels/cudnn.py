@@ -37,13 +37,13 @@ LOWER = ("default", "high", "bfloat16", "tensorfloat32", "TF32_TF32_F32")
 def why_not(cell: Cell, request: Request) -> str | None:
     """Says why this loop cannot run a cell as asked, or ``None`` if it can."""
     if type(cell) is not LSTM:
-        return f"computes an LSTM, got {cell!r}"
+        return f"runs only an LSTM, got {cell!r}"
     if (cell.activation, cell.gate_activation) != (tanh, sigmoid):
-        return "computes tanh and sigmoid, got other activations"
+        return "computes only tanh and sigmoid, got other activations"
     if request.mask == "mask":
-        return "takes padding at the end of rows, as lengths; got a mask"
+        return "takes padding only at the end of rows, as lengths; got a mask"
     if request.resets:
-        return "does not restore the fresh carry at resets"
+        return "cannot restore the fresh carry at resets"
     return request.exceeds("gpu")
 
 
@@ -147,6 +147,7 @@ def _check_platform() -> None:
 
     if "rocm" in backend.get_backend().platform_version.lower():
         raise NotImplementedError(
-            "cudnn: runs on CUDA, arrays are on ROCm, whose library orders gates "
-            "otherwise; use implementation='scan', or None to choose"
+            "cudnn: runs only on CUDA, but the arrays are on ROCm, whose library "
+            "orders the gates differently; use implementation='scan', or None for the "
+            "default"
         )

@@ -105,11 +105,17 @@ class Graph:
     ) -> int:
         """Adds memory for ``[B, ...]``, or ``[...]`` if it is the same in all rows."""
         if dtype not in (np.float32, np.bool_):
-            raise Unsuited(f"it computes in {np.dtype(dtype).name}")
+            raise Unsuited(
+                f"the step computes in {np.dtype(dtype).name}, and C++ only in float32"
+            )
         if kind != "same" and (not shape or shape[0] != self.batch):
-            raise Unsuited(f"an array {list(shape)} of a step does not begin with B")
+            raise Unsuited(
+                f"the step has an array {list(shape)}, which does not begin with B"
+            )
         if len(shape) > 2:
-            raise Unsuited(f"an array of a step has the axes {list(shape)}")
+            raise Unsuited(
+                f"the step has an array {list(shape)}, with more than two axes"
+            )
         width = math.prod(shape if kind == "same" else shape[1:])
         self.places.append(Place(kind, width, value))
         return len(self.places) - 1
@@ -127,7 +133,10 @@ class Graph:
     def check_columns(self, row: Row) -> None:
         """Refuses a row that is not divided into columns."""
         if self.nodes[row.columns[0]][0] == "whole":
-            raise Unsuited(f"widths {row.width} and {self.unit} have no common columns")
+            raise Unsuited(
+                f"the step has an array of width {row.width}, which is not a multiple "
+                f"of {self.unit}"
+            )
 
     def constant(self, value: Any) -> int:
         """Adds a number as a node, or finds the node that it is already."""
@@ -175,17 +184,22 @@ class Graph:
     def row(self, value: Any, width: int) -> Row:
         """Turns any value into a row of some width."""
         if isinstance(value, Sum):
-            raise Unsuited("it uses a sum over the rows of a batch")
+            raise Unsuited("the step uses a sum over the rows of the batch")
         if isinstance(value, Row):
             self.check_columns(value)
             return value
         if width > 1 and width % self.unit:
-            raise Unsuited(f"widths {width} and {self.unit} have no common columns")
+            raise Unsuited(
+                f"the step has an array of width {width}, which is not a multiple "
+                f"of {self.unit}"
+            )
         shape = jnp.shape(value.value)
         rows = shape == value.shape and shape[:1] == (self.batch,) and self.batch > 1
         flat = shape if len(shape) < 2 or rows else shape[1:]
         if not rows and len(shape) > 1 and shape[0] != 1:
-            raise Unsuited(f"an array {list(shape)} of a step does not begin with B")
+            raise Unsuited(
+                f"the step has an array {list(shape)}, which does not begin with B"
+            )
         numbers = None
         if not isinstance(value.value, Tracer):
             numbers = np.asarray(value.value).reshape(-1)
@@ -331,11 +345,13 @@ def _product(graph: Graph, eqn: Any, left: Any, right: Any) -> Row:
     transposed = CONTRACTIONS.get(eqn.params["dimension_numbers"])
     avals = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
     if not isinstance(left, Row) or not isinstance(right, Outer):
-        raise Unsuited("it multiplies matrices that differ by row")
+        raise Unsuited("the step multiplies by a matrix that differs between rows")
     if transposed is None or any(aval.ndim != 2 for aval in avals):
-        raise Unsuited("it has a product that is not of rows with a matrix")
+        raise Unsuited("the step has a product other than of rows [B, N] with a matrix")
     if any(aval.dtype != np.float32 for aval in avals):
-        raise Unsuited(f"it has a product in {avals[2].dtype}")
+        raise Unsuited(
+            f"the step has a product in {avals[2].dtype}, and C++ only in float32"
+        )
     place = graph.place("scratch", avals[2].shape, avals[2].dtype)
     weight = _broadcast(right.value, right.shape)
     graph.links.append(Link(left, place, weight, transposed))
@@ -367,8 +383,8 @@ def _linear(graph: Graph, eqn: Any, given: list) -> Sum:
         ]
         return Sum(_each(graph, _operation(graph, eqn), rows, width), out.shape)
     raise Unsuited(
-        f"it takes {name} of a sum over the rows of a batch; compute in prepare what "
-        "depends on params alone"
+        f"the step or its gradient applies {name} to a sum over the rows of the "
+        "batch; compute in prepare what depends only on the params"
     )
 
 
@@ -382,7 +398,7 @@ def _each(graph: Graph, op: Callable, rows: list[Row], width: int) -> Row:
 def _elements(graph: Graph, eqn: Any, given: list) -> Row:
     width, dtype = _width(graph, eqn), eqn.outvars[0].aval.dtype
     if dtype not in (np.float32, np.bool_):
-        raise Unsuited(f"it computes in {dtype}")
+        raise Unsuited(f"the step computes in {dtype}, and C++ only in float32")
     op = _operation(graph, eqn)
     return _each(graph, op, [graph.row(value, width) for value in given], width)
 
@@ -391,7 +407,10 @@ def _width(graph: Graph, eqn: Any) -> int:
     """Returns the width of a result that differs by row."""
     shape = eqn.outvars[0].aval.shape
     if shape[:1] != (graph.batch,) or len(shape) > 2:
-        raise Unsuited(f"it takes {eqn.primitive.name} to {list(shape)}")
+        raise Unsuited(
+            f"the step makes an array {list(shape)} by {eqn.primitive.name}; C++ "
+            "needs [B] or [B, N]"
+        )
     return math.prod(shape[1:])
 
 
@@ -424,7 +443,7 @@ def _operation(graph: Graph, eqn: Any) -> Callable:
             return made if exponent > 0 else node("div", one, made)
 
         return power
-    raise Unsuited(f"it computes {name}")
+    raise Unsuited(f"the step uses the operation {name}, which C++ does not have")
 
 
 # Equations that only move columns.
@@ -436,18 +455,18 @@ def _move(graph: Graph, eqn: Any, given: list) -> list[Row]:
     if name == "convert_element_type" and dtype == np.bool_:
         return [_elements(graph, eqn, given)]
     if dtype not in (np.float32, np.bool_):
-        raise Unsuited(f"it computes in {dtype}")
+        raise Unsuited(f"the step computes in {dtype}, and C++ only in float32")
     axes = eqn.params.get("broadcast_dimensions", (0,))
     spread = name == "broadcast_in_dim" and row.width == 1
     if axes[:1] != (0,) or not (spread or row.width == width):
-        raise Unsuited(f"it takes {name} of rows to columns")
+        raise Unsuited(f"the step turns rows into columns by {name}")
     return [Row(row.columns, width)]
 
 
 def _split(graph: Graph, eqn: Any, given: list) -> list[Row]:
     ends = [0, *np.cumsum(eqn.params["sizes"])]
     if eqn.params["axis"] != 1:
-        raise Unsuited("it splits rows")
+        raise Unsuited("the step splits the batch")
     return [_cut(graph, given[0], *ends[i : i + 2]) for i in range(len(ends) - 1)]
 
 
@@ -456,7 +475,7 @@ def _slice(graph: Graph, eqn: Any, given: list) -> list[Row]:
     start, end = params["start_indices"], params["limit_indices"]
     strides = params["strides"] or (1,)
     if len(start) != 2 or (start[0], end[0]) != (0, graph.batch) or max(strides) > 1:
-        raise Unsuited("it slices rows, or columns with strides")
+        raise Unsuited("the step slices the batch, or columns with strides")
     return [_cut(graph, given[0], start[1], end[1])]
 
 
@@ -469,7 +488,7 @@ def _cut(graph: Graph, row: Row, start: int, end: int) -> Row:
 
 def _concatenate(graph: Graph, eqn: Any, given: list) -> list[Row]:
     if eqn.params["dimension"] != 1:
-        raise Unsuited("it concatenates rows")
+        raise Unsuited("the step concatenates along the batch")
     sizes = [atom.aval.shape[1] for atom in eqn.invars]
     return [_join(graph, _width(graph, eqn), list(zip(sizes, given, strict=True)))]
 
@@ -477,7 +496,7 @@ def _concatenate(graph: Graph, eqn: Any, given: list) -> list[Row]:
 def _pad(graph: Graph, eqn: Any, given: list) -> list[Row]:
     rows, columns = (*eqn.params["padding_config"], (0, 0, 1))[:2]
     if tuple(rows) != (0, 0, 0) or min(columns) < 0 or columns[2]:
-        raise Unsuited("it pads rows, or columns between each other")
+        raise Unsuited("the step pads the batch, or between columns")
     padding = graph.row(given[1], 1).columns
     size = eqn.invars[0].aval.shape[1]
     inner = _join(graph, size, [(size, given[0])])

@@ -35,9 +35,12 @@ HANDLERS = (
 def why_not() -> str | None:
     """Loads the library; returns the reason if that is not possible."""
     if os.environ.get("JLSTM_NATIVE") == "0":
-        return "is left out by JLSTM_NATIVE=0"
+        return "is turned off by JLSTM_NATIVE=0"
     if not LIBRARY.exists():
-        return "was not built when jlstm was installed; that takes a C++17 compiler"
+        return (
+            "was not built when jlstm was installed; install a C++17 compiler, then "
+            "jlstm again"
+        )
     try:
         library = ctypes.CDLL(str(LIBRARY))
         for name in HANDLERS:
@@ -45,8 +48,8 @@ def why_not() -> str | None:
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
     except Exception as problem:
         return (
-            f"was built for another jaxlib ({problem}); install jlstm again beside "
-            "this one, with pip install --no-build-isolation"
+            f"was built for another jaxlib ({problem}); install jlstm again with pip "
+            "install --no-build-isolation, so that it is built for this one"
         )
     return None
 

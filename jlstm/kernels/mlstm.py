@@ -61,9 +61,9 @@ class Chunks:
     def why_not(self, cell: Cell, request: Request) -> str | None:
         """Says why this loop cannot run a cell as asked, or ``None`` if it can."""
         if type(_inner(cell)) is not MLSTM:
-            return f"computes an MLSTM, got {cell!r}"
+            return f"runs only an MLSTM, got {cell!r}"
         if self.steps is None and request.checkpoint_every:
-            return "takes all steps at once, so checkpoint_every has no meaning"
+            return "computes all steps at once, so it cannot honour checkpoint_every"
         return None
 
     def unroll(

@@ -38,14 +38,17 @@ LARGE = 1 << 18
 def why_not(cell: Cell, request: Request) -> str | None:
     """Says why this loop cannot run a cell as asked, or ``None`` if it can."""
     if type(cell) is Lookup and request.checkpoint_every:
-        return "would hold the projected inputs of all steps that an embedding joins"
+        return (
+            "would store the projected inputs of all steps, so it cannot honour "
+            "checkpoint_every with an embedding"
+        )
     if type(cell) is Lookup:
         floats = {d for d in request.dtypes or () if jnp.issubdtype(d, jnp.inexact)}
         cell, request = cell.cell, request._replace(dtypes=frozenset(floats) or None)
     if type(cell) is not LSTM and type(cell) is not GRU:
-        return f"has loops for LSTM and GRU, got {cell!r}"
+        return f"has loops only for LSTM and GRU, got {cell!r}"
     if (cell.activation, cell.gate_activation) != (tanh, sigmoid):
-        return "computes tanh and sigmoid, got other activations"
+        return "computes only tanh and sigmoid, got other activations"
     if isinstance(cell, GRU) and not cell.reset_after:
         return "has no loop for a GRU with reset_after=False"
     request = request._replace(checkpoint_every=False)  # blocks are cut outside

@@ -23,14 +23,17 @@ from jlstm.types import Array, PyTree
 def why_not(request: Request) -> str | None:
     """Says why XLA computes products, or ``None`` if C++ does."""
     if request.platform not in (None, "cpu"):
-        return f"these are for a CPU, arrays are on a {request.platform}"
+        return (
+            "the C++ loops run only on a CPU, but the arrays are on a "
+            f"{request.platform}"
+        )
     if request.sharded:
-        return "rows may lie on several devices outside shard_map"
+        return "the rows may lie on several devices; call it inside jax.shard_map"
     floats = [d for d in sorted(request.dtypes or ()) if "float" in d]  # no token ids
     if floats and "float32" not in floats:
-        return f"these are for float32, got {', '.join(floats)}"
+        return f"the C++ loops compute only in float32, got {', '.join(floats)}"
     reason = library.why_not()
-    return reason and f"the library {reason}"
+    return reason and f"the C++ library {reason}"
 
 
 def why_not_here() -> str | None:

@@ -60,7 +60,7 @@ def bind(step: Callable, fixed: PyTree, steps: Steps) -> Program:
     jaxpr = closed.jaxpr
     fixed_leaves = jax.tree.leaves(fixed)
     if not given[0] or not given[0][0].size:
-        raise Unsuited("it has no state")
+        raise Unsuited("the step has no carry")
     moving = set(jaxpr.invars[len(fixed_leaves) :])
     graph = Graph(given[0][0].shape[0], common_width(jaxpr, moving) or 1)
     args: list[Any] = [*map(outer, fixed_leaves)]
@@ -81,7 +81,7 @@ def bind(step: Callable, fixed: PyTree, steps: Steps) -> Program:
     targets = [graph.place("out", leaf.shape, leaf.dtype) for leaf in outs]
     for leaf in jax.tree.leaves(shapes[3:]):
         if leaf.dtype != np.float32:
-            raise Unsuited("it returns what is not in float32")
+            raise Unsuited("the step returns an array that is not float32")
         targets.append(graph.place("written", leaf.shape, leaf.dtype))
     stores = []
     for place, result in zip([*handed_on, *targets], results, strict=True):
@@ -195,9 +195,15 @@ class _Code:
             self._emit(_fuse(order))
             self.ends.append(len(self.instructions))
         if self.registers > REGISTERS:
-            raise Unsuited(f"it needs {self.registers} vectors at once")
+            raise Unsuited(
+                f"the step needs {self.registers} vectors at once, more than "
+                f"{REGISTERS}"
+            )
         if len(self.instructions) > INSTRUCTIONS:
-            raise Unsuited(f"it takes {len(self.instructions)} instructions")
+            raise Unsuited(
+                f"the step takes {len(self.instructions)} instructions, more than "
+                f"{INSTRUCTIONS}"
+            )
 
     def _visit(
         self,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-NEEDS_NUMBERS = "needs sizes that are numbers, got symbols, as in an exported program"
+NEEDS_NUMBERS = "needs fixed sizes, got symbolic ones, as an exported program has"
 
 
 class Request(NamedTuple):
@@ -49,15 +49,18 @@ class Request(NamedTuple):
             return NEEDS_NUMBERS
         if self.platform not in (None, platform):
             place = {"cpu": "a CPU", "gpu": "a GPU"}[platform]
-            return f"runs on {place}, arrays are on a {self.platform}"
+            return f"runs only on {place}, but the arrays are on a {self.platform}"
         if self.dtypes is not None and (others := self.dtypes - {"float32"}):
-            return f"computes in float32, got {', '.join(sorted(others))}"
+            return f"computes only in float32, got {', '.join(sorted(others))}"
         if self.return_carries:
-            return "does not return carries"
+            return "cannot return the carry of every step"
         if self.checkpoint_every:
-            return "stores every step, so checkpoint_every has no meaning"
+            return "stores every step, so it cannot honour checkpoint_every"
         if self.sharded:
-            return "would gather a batch that lies on several devices outside shard_map"
+            return (
+                "would gather rows that may lie on several devices; call it inside "
+                "jax.shard_map"
+            )
         return None
 
 

@@ -127,13 +127,13 @@ class Stack:
     ) -> tuple[PyTree, tuple[PyTree, ...]]:
         door.check_hashable(self, "stack")
         if isinstance(carry, (jax.Array, np.ndarray)):
-            raise wrong_carry("stack", "a tuple of one entry a layer", carry)
+            raise wrong_carry("stack", "a tuple with one entry for each layer", carry)
         for name, value in (("params", params), ("carry", carry)):
             if value is not None and len(value) != len(self.layers):
                 raise door.error(
                     "stack",
-                    f"{name} must have one entry a layer, {len(self.layers)}, got "
-                    f"{len(value)}",
+                    f"{name} must have one entry for each of the {len(self.layers)} "
+                    f"layers, got {len(value)}",
                 )
         names = ("lengths", "mask", "resets")
         flags = door.as_arrays(*(masking.get(name) for name in names))
@@ -576,8 +576,8 @@ def _check_answers(layer: Layer, params: PyTree, x: PyTree) -> None:
     if any(leaf.ndim < 2 or leaf.shape[1] != 2 for leaf in jax.tree.leaves(ys)):
         raise door.error(
             "step",
-            f"needs a layer of one output a step, got {layer!r}, which answers once a "
-            "sequence; step what it is built on",
+            f"needs a layer with one output for each step, got {layer!r}, which gives "
+            "one answer for a whole sequence; call step with its encoder",
         )
     _stepwise.add(key)
 

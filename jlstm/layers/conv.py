@@ -113,8 +113,8 @@ class Conv:
             )
         if self.causal and self.stride > 1:
             raise ValueError(
-                f"Conv.stride: must be 1 with padding='CAUSAL', which streams, got "
-                f"{self.stride}"
+                "Conv.stride: must be 1 with padding='CAUSAL', which gives one output "
+                f"for each step, got {self.stride}"
             )
 
     @property
@@ -164,8 +164,8 @@ class Conv:
             return lengths, mask, resets
         if resets is not None:
             raise NotImplementedError(
-                f"{self!r}: cannot honour resets, since its outputs are not one a "
-                "step; use padding 'SAME' or 'CAUSAL' with stride 1"
+                f"{self!r}: cannot honour resets, because it does not give one output "
+                "for each step; use padding 'SAME' or 'CAUSAL' with stride 1"
             )
         lengths, mask = door.as_arrays(lengths, mask)
         if lengths is not None:

@@ -74,8 +74,8 @@ class Lifted(Pointwise):
         """
         if resets is not None and not self.per_step:
             raise NotImplementedError(
-                f"{self!r}: cannot honour resets, since the module sees the sequence "
-                "as a whole; cut the sequences there"
+                f"{self!r}: cannot honour resets, because the module reads the whole "
+                "sequence at once; cut the sequences at the resets"
             )
         masking: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
         return super().apply(params, xs, carry, key=key, **masking)
@@ -118,7 +118,7 @@ class Linen:
             hash(module)
         except TypeError:
             raise ValueError(
-                f"lift: {self!r} must be hashable; give tuples in the place of lists"
+                f"lift: {self!r} must be hashable; use tuples instead of lists"
             ) from None
 
     def init(self, key: Array, x: PyTree) -> PyTree:
@@ -166,8 +166,8 @@ class NNX:
             hash(self)
         except TypeError:
             raise ValueError(
-                f"lift: the arguments in {self!r} must be hashable; give tuples in the "
-                "place of lists"
+                f"lift: the arguments in {self!r} must be hashable; use tuples "
+                "instead of lists"
             ) from None
 
     def _make(self, key: Array | int) -> Any:
@@ -215,8 +215,8 @@ class NNX:
 def _more_than_params(source: Linen | NNX, what: str) -> ValueError:
     return door.error(
         "lift",
-        f"a module must have only params, got {what} in {source!r}; use jlstm's "
-        "LayerNorm and Dropout in the place of such parts",
+        f"a module must have only params, got {what} in {source!r}; use "
+        "jlstm.LayerNorm and jlstm.Dropout instead of such parts",
     )
 
 
@@ -278,8 +278,8 @@ def lift(module: Any, *args: Any, per_step: bool = True, **options: Any) -> Lift
     if isinstance(module, linen.Module):
         if args or options:
             raise TypeError(
-                f"lift: {type(module).__name__} is made already, got arguments beside "
-                "it; give them to its class"
+                f"lift: {type(module).__name__} is an instance already and takes no "
+                "further arguments; give them to its class"
             )
         return Lifted(Linen(module), per_step)
     kind = _kind(module)
@@ -291,8 +291,9 @@ def lift(module: Any, *args: Any, per_step: bool = True, **options: Any) -> Lift
     if kind == "nnx module":
         name = type(module).__name__
         raise TypeError(
-            f"lift: must be a class of nnx with its arguments, got a {name}, whose "
-            f"arrays no config can hold; give lift({name}, ...)"
+            f"lift: must be a class of nnx, got an instance of {name}; give the class "
+            f"and its arguments, lift({name}, ...), because a config cannot hold the "
+            "arrays of an instance"
         )
     name = getattr(module, "__qualname__", None)
     if not callable(module) or name is None:

@@ -209,8 +209,8 @@ class RNN:
         door.choose(self.cell, self.implementation)
         if not isinstance(self.policy, Policy | None):
             raise TypeError(
-                f"RNN.policy: must be a Policy or None, got {self.policy!r}; give "
-                "jlstm.Policy(compute=jnp.bfloat16), say"
+                f"RNN.policy: must be a Policy or None, got {self.policy!r}; give a "
+                "Policy, such as jlstm.Policy(compute=jnp.bfloat16)"
             )
 
     @property
@@ -375,8 +375,9 @@ class Bidirectional:
     def __post_init__(self) -> None:
         if self.forward.reverse or not self.backward.reverse:
             raise ValueError(
-                f"Bidirectional: forward must run forward and backward in reverse, got "
-                f"{self.forward!r} and {self.backward!r}; use bidirectional(cell)"
+                "Bidirectional: forward must have reverse=False and backward "
+                f"reverse=True, got {self.forward!r} and {self.backward!r}; use "
+                "bidirectional(cell)"
             )
         if self.merge not in get_args(Merge):
             names = ", ".join(repr(name) for name in get_args(Merge))

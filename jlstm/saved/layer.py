@@ -16,7 +16,7 @@ from jlstm.saved.names import Place, Refused
 from jlstm.types import Layer, PyTree
 
 VERSION = 1
-NOT_OURS = "load: the layer in {} is not described as by jlstm.save"
+NOT_OURS = "load: the layer in {} is not described in the format of jlstm.save"
 
 
 def save(path: str | os.PathLike[str], layer: Layer, params: PyTree) -> None:
@@ -126,24 +126,24 @@ def _about(file: weights.File) -> dict[str, Any]:
     text, digest = (file.about.get(key) for key in ("layer", "layer_sha256"))
     if file.about.get("format") != "jlstm" or text is None or digest is None:
         raise ValueError(
-            f"load: {file.path} holds no layer, as jlstm.save writes it; read the "
-            "tensors alone by jlstm.train.load_weights(path, like)"
+            f"load: {file.path} holds no layer, only tensors; read them with "
+            "jlstm.train.load_weights(path, like)"
         )
     if digest != _hash(file.about.get("sha256", ""), text):
         raise ValueError(
-            f"load: the layer in {file.path} is not as it was written; get the file "
-            "anew"
+            f"load: the layer in {file.path} has changed since it was written (its "
+            "SHA-256 differs); get the file again"
         )
     try:
         about = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError(f"load: the layer in {file.path} is no JSON") from None
+        raise ValueError(f"load: the layer in {file.path} is not valid JSON") from None
     if not isinstance(about, dict) or not {"version", "layer", "params"} <= set(about):
         raise ValueError(NOT_OURS.format(file.path))
     if about["version"] != VERSION:
         raise ValueError(
-            f"load: {file.path} is of version {about['version']!r} of the format, this "
-            f"jlstm reads version {VERSION}; install another jlstm"
+            f"load: {file.path} is in version {about['version']!r} of the format, but "
+            f"this jlstm reads version {VERSION}; install the jlstm that wrote it"
         )
     return about
 

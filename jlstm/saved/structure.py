@@ -46,8 +46,8 @@ def encode(tree: PyTree, place: str) -> Any:
         return {cls.__name__: list(made.values())}
     if not (dataclasses.is_dataclass(cls) or is_named_tuple(cls)):
         raise ValueError(
-            f"{place} must be a dict by strings or ints, a list, a tuple, a "
-            f"NamedTuple or a dataclass, got a {cls.__name__} by "
+            f"{place} must be a dict with keys of strings or ints, a list, a tuple, a "
+            f"NamedTuple or a dataclass, got a {cls.__name__} with keys "
             f"{', '.join(map(repr, parts))}"
         )
     static = {n: v for n, v in (fields_of(tree) or {}).items() if n not in parts}
@@ -112,9 +112,9 @@ def decode(node: Any, known: Mapping[str, type], place: Place) -> PyTree:
     cls = known.get(node["class"])
     if cls is None or not (dataclasses.is_dataclass(cls) or is_named_tuple(cls)):
         raise place.error(
-            f"is of the class {full_name(node, 'class')}, which is neither jlstm's nor "
-            "beside a class of the layer; give the layer: load(path, layer), or read "
-            "the params alone by jlstm.train.load_weights(path, like)"
+            f"is of the class {full_name(node, 'class')}, which is neither in jlstm "
+            "nor in the module of a class of the layer; give the layer: load(path, "
+            "layer), or read only the params with jlstm.train.load_weights(path, like)"
         )
     parts, static = node["fields"].items(), node["static"].items()
     fields = {n: decode(part, known, place.at(f".{n}")) for n, part in parts}

@@ -617,7 +617,7 @@ def check_causal(layer: Layer, case: Case, run: Runner, causal: bool) -> None:
         now, then = run(case)["ys"], run(other)["ys"]
         pairs = zip(jax.tree.leaves(now), jax.tree.leaves(then), strict=True)
         changed = any(bool((a[:, 0] != b[:, 0]).any()) for a, b in pairs)
-        assert changed, "its first output does not; say causal = True"
+        assert changed, "its first output does not; set causal = True"
 
 
 def check_layer_resets(layer: Layer, case: Case, run: Runner) -> None:

@@ -145,7 +145,7 @@ def _check_pair(expected: str, out: PyTree, carry: PyTree) -> None:
     is_pair = isinstance(out, tuple) and len(out) == 2
     # A carry of two parts is a pair too.
     if not is_pair or jax.tree.structure(out) == jax.tree.structure(carry):
-        raise ValueError(f"{expected}, got {describe(out)} alone; return both")
+        raise ValueError(f"{expected}, got only {describe(out)}; return both")
 
 
 def _check_carry(where: str, new: PyTree, old: PyTree) -> None:
@@ -163,12 +163,12 @@ def _check_output(where: str, ys: PyTree, axes: int) -> None:
         if leaf.ndim < axes or leaf.shape[0] != BATCH:
             raise ValueError(
                 f"{where} of leaves [{', '.join(begins)}, ...] with B={BATCH}, got "
-                f"{list(leaf.shape)}; one output a row"
+                f"{list(leaf.shape)}; return one output for each row"
             )
         if is_inexact(leaf) and jnp.finfo(leaf.dtype).bits < 64:
             raise ValueError(
-                f"{where} of the dtype that params and inputs promote to, float64, got "
-                f"{leaf.dtype}; take dtypes from them and name none"
+                f"{where} of the dtype that params and inputs promote to, float64, "
+                f"got {leaf.dtype}; take the dtype from them instead of naming one"
             )
 
 

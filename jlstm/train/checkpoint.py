@@ -94,7 +94,7 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
         verify(folder)
         saved = read_types(folder)
     except Damaged as damage:
-        raise Damaged(f"load: {folder} is no whole checkpoint: {damage}") from None
+        raise Damaged(f"load: {folder} is not an intact checkpoint: {damage}") from None
     expected = name_leaves(like)
     check_types(folder, saved, expected)
     return rebuild(like, read_arrays(folder, expected))
@@ -141,7 +141,7 @@ def by_the_first(action: Callable[[], T]) -> T | None:
     if problem is not None:
         raise problem
     if failed:
-        raise ValueError("process 0 cannot begin; its output says why")
+        raise ValueError("process 0 could not begin; see its output for the reason")
     return made
 
 
@@ -228,7 +228,7 @@ def check_types(
             other = "like" if want == "missing" else folder
             raise ValueError(
                 f"load: {name}, {want if got == 'missing' else got}, is missing in "
-                f"{other}; give like the structure that was saved"
+                f"{other}; give like= the structure that was saved"
             )
         if got != want:
             raise ValueError(

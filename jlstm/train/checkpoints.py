@@ -147,7 +147,8 @@ class Checkpoints:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(
-                    f"Checkpoints.{name}: must be an integer from 1 on, got {value!r}"
+                    f"Checkpoints.{name}: must be an integer of at least 1, got "
+                    f"{value!r}"
                 )
         if not self.minutes > 0:
             raise ValueError(
@@ -214,7 +215,7 @@ class Checkpoints:
         self._clean()
         step = self._choose(state)
         if step >= 0:
-            _say(f"going on from step {step}, in {self._folder(step)}")
+            _say(f"continuing from step {step}, in {self._folder(step)}")
         return step
 
     def _clean(self) -> None:
@@ -251,8 +252,8 @@ class Checkpoints:
         if problems:
             which = "; ".join(f"step {n}: {damage}" for n, damage in problems.items())
             raise ValueError(
-                f"Checkpoints: no checkpoint in {self.folder} is whole ({which}); "
-                "bring one back, or begin anew in another folder"
+                f"Checkpoints: no checkpoint in {self.folder} is intact ({which}); "
+                "restore one from a backup, or start again in another folder"
             )
         if self.resume == "must":
             raise ValueError(
@@ -265,7 +266,7 @@ class Checkpoints:
         # Where words name a difference, hashes add nothing.
         told = [line for line in lines if not line.startswith("data.batches")]
         if lines:
-            lines = told or ["data: the same in kind and length, but other numbers"]
+            lines = told or ["data: the same types and length, but other values"]
             raise ValueError(
                 f"Checkpoints: {folder} belongs to another run:\n"
                 + "\n".join(f"  {line}" for line in lines)
@@ -618,6 +619,6 @@ def _plain(value: Any) -> Any:
         return value
     raise ValueError(
         f"Checkpoints: cannot save a {type(value).__name__}; the identity, and the "
-        "state of hooks and iterators, must be of dicts, lists, numbers, strings and, "
-        "but for the identity, arrays"
+        "state of hooks and iterators, must consist of dicts, lists, numbers and "
+        "strings; only the states may have arrays"
     )

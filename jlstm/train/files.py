@@ -93,14 +93,14 @@ def verify(folder: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{MANIFEST} cannot be read") from None
     if not expected or not text.endswith(b"}\n"):
-        raise Damaged(f"{MANIFEST} is not whole")
+        raise Damaged(f"{MANIFEST} is not complete")
     for name, digest in expected.items():
         try:
             found = sha256(folder / name)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
             raise Damaged(f"{name} is missing") from None
         if found != digest:
-            raise Damaged(f"{name} has other bytes than were written")
+            raise Damaged(f"{name} has changed since it was written")
 
 
 def sha256(path: Path) -> str:

@@ -127,9 +127,9 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
         for name in [*old, *(name for name in new if name not in old)]:
             inner = f"{path}.{name}" if path else str(name)
             if name not in new:
-                lines.append(f"{inner}: was {_short(old[name])}, is absent")
+                lines.append(f"{inner}: was {_short(old[name])}, is now absent")
             elif name not in old:
-                lines.append(f"{inner}: was absent, is {_short(new[name])}")
+                lines.append(f"{inner}: was absent, is now {_short(new[name])}")
             else:
                 lines += difference(old[name], new[name], inner)
         return lines
@@ -139,7 +139,7 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
             for i, (a, b) in enumerate(zip(old, new, strict=True))
             for line in difference(a, b, f"{path}[{i}]")
         ]
-    return [] if old == new else [f"{path}: was {_short(old)}, is {_short(new)}"]
+    return [] if old == new else [f"{path}: was {_short(old)}, is now {_short(new)}"]
 
 
 def _is_list(value: Any) -> bool:

@@ -150,7 +150,7 @@ def fit(
         raise ValueError(f"fit: max_skipped must be 0 or more, got {max_skipped}")
     if callable(hooks):
         raise ValueError(
-            f"fit: hooks must be a sequence, got the one hook {hooks!r}; write "
+            f"fit: hooks must be a sequence, got a single hook {hooks!r}; write "
             "hooks=[hook]"
         )
     for hook in hooks:
@@ -344,7 +344,7 @@ class _Run:
             kept = f"; {self.checkpoints.describe_last()}"
         return (
             f"fit: the loss, its gradient or the carry is not finite in {steps}, which "
-            f"changed nothing{kept}; make_train_step(debug_nans=True), or "
+            f"were skipped{kept}; make_train_step(debug_nans=True), or "
             "--debug-nans, finds the operation"
         )
 
@@ -402,7 +402,7 @@ class _Run:
         if self._report_is_due():
             self.checkpoints.saved_step = None  # save again after the report
         if not self.report.last:
-            with self.signals.cutting("putting the data where they were"):
+            with self.signals.cutting("reading the data up to where the run was"):
                 _put(iterator, self.place)
         return True
 
@@ -443,7 +443,8 @@ class _Run:
         was = [entry["kind"] for entry in saved]
         now = [kind_of(hook) for hook in self._stateful()]
         raise ValueError(
-            f"fit: the run was saved with the hooks {was}, and cannot go on with {now}"
+            f"fit: the run was saved with the hooks {was}, and cannot continue with "
+            f"{now}"
         )
 
     def _save_if_due(self) -> None:
@@ -487,7 +488,7 @@ class _Run:
         interrupted = Interrupted(
             number,
             f"ended by a signal after step {self.step} of {self.num_steps}, saved in "
-            f"{self.checkpoints.folder}; the same command goes on from there"
+            f"{self.checkpoints.folder}; run the same command to continue"
             if self.checkpoints.steps()
             else "ended by a signal before the first step",
         )
@@ -525,7 +526,8 @@ def _put(iterator: Any, place: Any) -> None:
         except StopIteration:
             raise ValueError(
                 f"fit: the batches end after {number}, but {place['batches_read']} "
-                "were read when the run was saved; give the same ones from their start"
+                "were read when the run was saved; give the same batches, from the "
+                "first one on"
             ) from None
 
 

@@ -296,8 +296,8 @@ def quantile_loss(
     levels = np.asarray(quantiles, np.float64)
     if levels.ndim != 1 or not levels.size or not ((levels > 0) & (levels < 1)).all():
         raise ValueError(
-            f"{where}: quantiles must be numbers in (0, 1), at least one, got "
-            f"{quantiles}; such as (0.1, 0.5, 0.9)"
+            f"{where}: quantiles must be at least one number in (0, 1), got "
+            f"{quantiles}; give numbers such as (0.1, 0.5, 0.9)"
         )
     shape = (*jnp.shape(targets), len(levels))
     if jnp.shape(predictions) != shape:
@@ -480,7 +480,7 @@ def check_labels(
         if low < 0 or high >= size:
             raise ValueError(
                 f"{where}: labels must be in 0..{size - 1} where valid, got "
-                f"{low if low < 0 else high}; mark absent labels with mask="
+                f"{low if low < 0 else high}; exclude absent labels with mask="
             )
     return jnp.clip(labels, 0, size - 1), valid
 
@@ -516,8 +516,8 @@ def _valid(
         valid = jnp.asarray(mask)
         if valid.dtype != bool or valid.shape != shape[: valid.ndim]:
             raise ValueError(
-                f"{where}: mask must be boolean, with a shape that begins {shape}, got "
-                f"{type_name(valid)}"
+                f"{where}: mask must be boolean, of shape {shape} or of its first "
+                f"axes, got {type_name(valid)}"
             )
     if lengths is not None:
         steps = _mask_from_lengths(where, shape, jnp.asarray(lengths))

@@ -124,7 +124,8 @@ class Steps:
         places = [round(place * (start + steps)) - start for place in self.at]
         if len(set(places)) < len(places) or min(places, default=1) < 1:
             raise ValueError(
-                f"schedule.at: must rise, from after the warm-up on, got {self.at}"
+                "schedule.at: must be in rising order, and after the warm-up, got "
+                f"{self.at}"
             )
         return optax.piecewise_constant_schedule(
             1.0, dict.fromkeys(places, self.factor)
@@ -298,7 +299,10 @@ def make_schedule(
         )
     if num_steps is None:
         if schedule != Constant():
-            raise ValueError(f"num_steps: {schedule!r} must know the length of the run")
+            raise ValueError(
+                f"num_steps: needed by {schedule!r}, got None; give the length of the "
+                "run in steps"
+            )
         return optax.constant_schedule(learning_rate)
     start = round(schedule.warmup * num_steps)
     start = min(start, num_steps - 1)

@@ -44,7 +44,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             step = record["step"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"read_jsonl: line {number} of {path} is not an object with a step"
+                f"read_jsonl: line {number} of {path} is not a JSON object with an "
+                "entry 'step'"
             ) from None
         records[step] = records.get(step, {}) | record
     return [records[step] for step in sorted(records)]

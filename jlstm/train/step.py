@@ -84,9 +84,9 @@ def make_train_step(
     ``loss``, ``grad_norm`` (the norm of the gradient before any clipping), ``skipped``
     and, if the state has one, ``loss_scale``.
 
-    A step is skipped if its loss or gradient is not finite, or its new carry contains
-    NaN. Only the count of steps changes then, and ``skipped`` is 1 instead of 0.
-    :func:`fit` counts these steps, and raises after too many in a row.
+    A step is skipped if its loss or the norm of its gradient is not finite, or if its
+    new carry contains NaN. Only the count of steps changes then, and ``skipped`` is 1
+    instead of 0. :func:`fit` counts these steps, and raises after too many in a row.
 
     With ``accumulate=k`` the batch is cut into ``k`` parts with equally many rows,
     which are processed one after another in the memory of one. With :math:`(S_i, N_i)`
@@ -270,8 +270,9 @@ class _Parts:
     def _cut(self, leaf: Array) -> Array:
         if not jnp.ndim(leaf) or leaf.shape[0] % self._parts:
             raise ValueError(
-                f"train_step: accumulate={self._parts} cuts the rows of batches and "
-                f"carries into as many equal parts, got {type_name(leaf)}"
+                f"train_step: accumulate={self._parts} needs a number of rows that it "
+                "divides, in each array of the batch and the carry, got "
+                f"{type_name(leaf)}"
             )
         return jnp.reshape(leaf, (self._parts, -1, *leaf.shape[1:]))
 
@@ -346,7 +347,7 @@ def _rescale(scale: LossScale | None, finite: Array) -> LossScale | None:
 def _check_options(state: TrainState, ema_decay: float | None) -> None:
     if (state.ema is None) != (ema_decay is None):
         raise ValueError(
-            "train_step: an average of the params takes both create_state(ema=True) "
+            "train_step: an average of the params needs both create_state(ema=True) "
             "and make_train_step(ema_decay=...)"
         )
 
@@ -362,8 +363,9 @@ def _find_nans(gradients: Callable, state: TrainState, batch: PyTree) -> None:
         except FloatingPointError as error:
             raise NonFiniteError(f"{where} is not finite: {error}") from error
     raise NonFiniteError(
-        f"{where} is not finite, but each operation of its loss and gradient is when "
-        "taken alone: the update overflows, or numbers come in that are not finite"
+        f"{where} is not finite, although each operation of its loss and gradient is "
+        "finite when it runs by itself: the update overflows, or the state or batch "
+        "is not finite already"
     )
 
 
@@ -427,7 +429,7 @@ def evaluate(
       See :func:`make_eval_step`.
     """
     if isinstance(params, TrainState):
-        raise ValueError("evaluate: got a TrainState for params; give state.params")
+        raise ValueError("evaluate: needs params, got a TrainState; give state.params")
     check_takes("evaluate", eval_step, params=params, batch=None, carry=carry)
     check_alive("evaluate", params)
     collected = []
@@ -436,7 +438,7 @@ def evaluate(
         collected.append(metrics)
     if not collected:
         raise ValueError(
-            "evaluate: batches is empty; an iterator can be read once only"
+            "evaluate: batches is empty; an iterator can be read only once"
         )
     return average(collected)
 
@@ -510,7 +512,7 @@ def _warn_if_key_is_unused(jaxpr: Any, state: TrainState, batch: PyTree) -> None
     if sum(reached) <= 1:
         warnings.warn(
             "make_train_step: the loss does not depend on its key, so dropout is off; "
-            "pass key= on to apply, or give create_state no key",
+            "pass key= on to apply, or call create_state without a key",
             stacklevel=3,
         )
 

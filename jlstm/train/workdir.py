@@ -92,7 +92,9 @@ class Workdir:
                     f"Workdir: --resume never, but {self.path} holds a finished run; "
                     "choose another --workdir, or remove this one"
                 )
-            print(f"finished: {result} is there, nothing is left to do", flush=True)
+            print(
+                f"finished: {result} exists already; nothing is left to do", flush=True
+            )
         else:
             by_the_first(self._begin)
 
@@ -152,8 +154,8 @@ class Workdir:
                 lines = []
             if lines:
                 print(
-                    "the run began in another environment, and will not end with the "
-                    f"same bits: {'; '.join(lines)}",
+                    "the run began in another environment, so its result will not be "
+                    f"the same bit for bit: {'; '.join(lines)}",
                     file=sys.stderr,
                 )
         write_json(file, new)
@@ -273,7 +275,10 @@ class Workdir:
             "steps_replayed": sum(c.steps_replayed for c in self._checkpoints),
         }
         if taken := result.keys() & extra.keys():
-            raise ValueError(f"write_result: {sorted(taken)} are written already")
+            raise ValueError(
+                f"write_result: {sorted(taken)} are entries of result.json already; "
+                "choose other names"
+            )
         result = _jsonable(result | extra)
         if self._chief:
             write_json(self.path / "result.json", result)
