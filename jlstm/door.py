@@ -149,7 +149,6 @@ def unroll(
     _check_shard_map((params, xs, carry))
     given_mask = mask
     mask = valid_steps(xs, lengths=lengths, mask=mask, resets=resets, where="unroll")
-    _check_carry(cell, params, carry, jax.tree.leaves(xs)[0].shape[0])
     check_checkpoint_every(checkpoint_every, "unroll")
     request = _request(
         (params, xs),
@@ -162,14 +161,17 @@ def unroll(
         checkpoint_every,
     )
     name = choose(cell, implementation, request)
+    batch, time = jax.tree.leaves(xs)[0].shape[:2]
     if checkpoint_every == "sqrt":
-        checkpoint_every = max(1, math.isqrt(jax.tree.leaves(xs)[0].shape[1]))
+        checkpoint_every = max(1, math.isqrt(time))
     call = Call(cell, name, reverse, return_carries, checkpoint_every, may_be_sharded())
     observer = _observer.get()
-    if observer is None:
-        return _unroll(call, params, xs, carry, mask, resets, key)
-    with observing(None):  # what the cell itself unrolls is not observed
-        return observer(Unrolled(call, params, xs, carry, mask, resets, key))
+    with _telling_of_params(cell, params, xs):
+        _check_carry(cell, params, carry, batch)
+        if observer is None:
+            return _unroll(call, params, xs, carry, mask, resets, key)
+        with observing(None):  # what the cell itself unrolls is not observed
+            return observer(Unrolled(call, params, xs, carry, mask, resets, key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,7 +404,9 @@ def check_xs(cell: Cell, xs: PyTree, where: str) -> None:
             where,
             f"xs must be {expected}, got shape {leaves[0].shape}; {cell!r} takes "
             f"inputs with {features} feature dimension{'s' * (features != 1)} per "
-            "step (its x_ndim)",
+            "step (its x_ndim)"
+            + "; for one number per step give xs[..., None]"
+            * (features == 1 and leaves[0].ndim == 2),
         )
 
 
@@ -491,6 +495,34 @@ def check_checkpoint_every(value: Any, where: str) -> None:
             where,
             f"checkpoint_every must be a positive int, 'sqrt' or None, got {value!r}",
         )
+
+
+@contextlib.contextmanager
+def _telling_of_params(cell: Cell, params: PyTree, xs: PyTree) -> Iterator[None]:
+    """Adds to an error in what way params are not those that ``cell.init`` makes."""
+    try:
+        yield
+    except Exception as failure:
+        with contextlib.suppress(Exception):  # it may be what `init` does not take
+            x = jax.eval_shape(partial(jax.tree.map, lambda leaf: leaf[:, 0]), xs)
+            made = jax.eval_shape(cell.init, jax.random.key(0), x)
+            if line := _difference(params, made):
+                path_ = ".".join([*filter(None, path()), "unroll"])
+                failure.add_note(f"{path_}: {cell!r} has other params: {line}")
+        raise
+
+
+def _difference(tree: PyTree, like: PyTree) -> str | None:
+    if type(tree) is not type(like):
+        return f"expected {type(like).__name__}, got {type(tree).__name__}"
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        return "some are missing, or too many"
+    leaves = zip(jax.tree.leaves_with_path(like), jax.tree.leaves(tree), strict=True)
+    for (where, a), b in leaves:
+        if a.shape != jnp.shape(b):
+            name = jax.tree_util.keystr(where, simple=True, separator=".")
+            return f"{name} must be {list(a.shape)}, got {list(jnp.shape(b))}"
+    return None
 
 
 def _check_carry(cell: Cell, params: PyTree, carry: PyTree, batch: int) -> None:

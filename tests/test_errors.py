@@ -530,6 +530,23 @@ def test_mistake_gets_one_clear_line(name):
     assert not [f for f in files if "/kernels/" in f], "raised inside a loop"
 
 
+def test_error_tells_of_params_of_another_cell():
+    xs, layer = jnp.ones((2, 3, 4)), jlstm.stack(jlstm.RNN(jlstm.LSTM(5)))
+    others = {
+        "expected LSTMParams, got GRUParams": jlstm.GRU(5),
+        "w_ih must be [4, 20], got [4, 24]": jlstm.LSTM(6),
+        "some are missing, or too many": jlstm.LSTM(5, double_bias=True),
+    }
+    for words, cell in others.items():
+        params = jlstm.stack(jlstm.RNN(cell)).init(jax.random.key(0), xs)
+        carry = layer.init_carry(layer.init(jax.random.key(0), xs), (7,))
+        errors = AttributeError, ValueError  # of the carry, which has 7 rows, too
+        with pytest.raises(errors, match=r"c0|carry.*must be") as caught:
+            layer.apply(params, xs, carry)
+        note = f"stack[0].unroll: LSTM(5) has other params: {words}"
+        assert note in caught.value.__notes__
+
+
 def test_mistakes_are_found_in_a_trace_too():
     def run(xs, lengths):
         return jlstm.unroll(LSTM, PARAMS, xs, lengths=lengths)

@@ -161,15 +161,39 @@ def test_mean_of_count_zero_has_zero_gradient_by_itself():
         assert (value, grad) == (0, 0)
 
 
-def test_labels_out_of_range_are_refused_if_concrete_and_clipped_in_a_trace():
+def test_labels_out_of_range_are_refused_if_concrete_and_nan_in_a_trace():
     logits, _ = make_inputs(True)
     labels = np.full((4, 5), 3)
     with pytest.raises(ValueError, match=r"softmax_cross_entropy: labels .* 0\.\.2"):
         train.softmax_cross_entropy(logits, labels)
-    clipped = jax.jit(train.softmax_cross_entropy)(logits, labels).value
-    np.testing.assert_array_equal(
-        clipped, train.softmax_cross_entropy(logits, labels - 1).value
-    )
+    few, mask = np.where(np.eye(4, 5) > 0, 3, 2), np.eye(4, 5) == 0
+    for score in (train.softmax_cross_entropy, train.accuracy):
+        for wrong in (labels, few, -few):
+            assert np.isnan(jax.jit(score)(logits, wrong).value)
+        masked = jax.jit(score)(logits, few, mask=mask).value
+        np.testing.assert_array_equal(masked, score(logits, few, mask=mask).value)
+
+
+def test_losses_refuse_what_apply_returns_whole():
+    logits, labels = jnp.zeros((2, 3)), jnp.zeros(2, int)
+    whole: Any = (logits, None)
+    for score in (train.softmax_cross_entropy, train.accuracy):
+        with pytest.raises(ValueError, match="a tuple of 2; apply returns the outputs"):
+            score(whole, labels)
+    with pytest.raises(ValueError, match="squared_error: expected an array, got a tu"):
+        train.squared_error(whole, logits)
+
+
+def test_run_with_labels_out_of_range_ends():
+    def loss_fn(params, batch, *, key, carry):
+        logits = batch["x"] * params[None]
+        return train.softmax_cross_entropy(logits, batch["label"]), train.Aux({})
+
+    tx = train.sgd(0.1)
+    batch = {"x": np.ones((3, 1), np.float32), "label": np.array([1, 2, 1])}
+    state = train.create_state(jnp.ones(2), tx)
+    with pytest.raises(train.NonFiniteError, match="labels outside the classes"):
+        train.fit(state, train.make_train_step(loss_fn, tx), [batch] * 9, num_steps=9)
 
 
 @pytest.mark.parametrize(

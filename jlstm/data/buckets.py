@@ -213,7 +213,8 @@ def _measure(
     if len(set(common.values())) != 1:
         raise ValueError(
             f"bucketed: example {index}: fields differ in length: {common}; name those "
-            "with a length of their own in own_lengths, those without time in static"
+            "with a length of their own in own_lengths, those without time in static; "
+            "one number for the whole sequence is a scalar, not an array of one"
         )
     length = next(iter(common.values()))
     if length == 0:

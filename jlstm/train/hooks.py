@@ -492,13 +492,18 @@ class _Bar:
             print(f"stopped: {report.stop}")
 
     def _start(self) -> Any:
-        rich = self._rich
+        rich, Column = self._rich, import_optional("rich.table").Column
+        whole, rest = Column(no_wrap=True), Column(ratio=1, no_wrap=True)
         bar = rich.Progress(
-            rich.BarColumn(bar_width=16),
-            rich.MofNCompleteColumn(),
-            rich.TextColumn("{task.fields[eta]}", style="progress.remaining"),
-            rich.TextColumn("{task.fields[text]}"),
+            rich.BarColumn(bar_width=16, table_column=Column(min_width=16)),
+            rich.MofNCompleteColumn(table_column=whole),
+            rich.TextColumn(
+                "{task.fields[eta]}", style="progress.remaining", table_column=whole
+            ),
+            # In a narrow terminal the end of the metrics is cut off.
+            rich.TextColumn("{task.fields[text]}", table_column=rest),
             auto_refresh=False,
+            expand=True,
         )
         bar.start()
         self._task = bar.add_task("", total=None, text="", eta="")

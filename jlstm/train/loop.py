@@ -345,7 +345,8 @@ class _Run:
         return (
             f"fit: the loss, its gradient or the carry is not finite in {steps}, which "
             f"were skipped{kept}; make_train_step(debug_nans=True), or "
-            "--debug-nans, finds the operation"
+            "--debug-nans, finds the operation; labels outside the classes make a loss "
+            "NaN, too"
         )
 
     def _report(self) -> None:

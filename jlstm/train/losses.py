@@ -75,8 +75,8 @@ def softmax_cross_entropy(
     Args:
       logits: ``[..., V]``, floating: one score for each class.
       labels: ``[...]``, integers in ``0 .. V-1``. At valid positions, labels outside
-        this range are an error; inside a trace, where values are not known, they are
-        clipped. Exclude absent labels with ``mask``.
+        this range are an error; inside a trace, where values are not known, they make
+        the loss NaN. Exclude absent labels with ``mask``.
       mask: boolean, true at valid positions: ``[B]``, ``[B, T]`` or of the shape of
         ``labels``. None if all are valid.
       lengths: ``[B]``, integers, for labels ``[B, T, ...]``: the number of valid steps
@@ -100,9 +100,10 @@ def softmax_cross_entropy(
     """
     where = "softmax_cross_entropy"
     check_smoothing(where, label_smoothing)
-    logits = jnp.asarray(logits)
-    labels, valid = check_labels(where, logits, labels, mask, lengths)
-    return _mean(cross_entropies(_clean(logits, valid), labels, label_smoothing), valid)
+    logits = _array(where, logits)
+    labels, valid, wrong = check_labels(where, logits, labels, mask, lengths)
+    losses = cross_entropies(_clean(logits, valid), labels, label_smoothing)
+    return refuse(wrong, _mean(losses, valid))
 
 
 def accuracy(
@@ -131,10 +132,10 @@ def accuracy(
       >>> print(jlstm.train.accuracy(jnp.eye(3), jnp.array([0, 1, 1])).value)
       0.6666667
     """
-    logits = jnp.asarray(logits)
-    labels, valid = check_labels("accuracy", logits, labels, mask, lengths)
+    logits = _array("accuracy", logits)
+    labels, valid, wrong = check_labels("accuracy", logits, labels, mask, lengths)
     guesses = jnp.argmax(_clean(logits, valid), axis=-1)
-    return _mean((guesses == labels).astype(jnp.float32), valid)
+    return refuse(wrong, _mean((guesses == labels).astype(jnp.float32), valid))
 
 
 def sigmoid_cross_entropy(
@@ -456,8 +457,13 @@ def check_labels(
     labels: ArrayLike,
     mask: ArrayLike | None,
     lengths: ArrayLike | None,
-) -> tuple[Array, Array | None]:
-    """Checks logits and labels; returns labels in range, and a mask of valid ones."""
+) -> tuple[Array, Array | None, Array | None]:
+    """Checks logits and labels.
+
+    Returns:
+      Labels in range, a mask of valid ones, and whether any was out of range: None if
+      that is known to be false.
+    """
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
@@ -482,7 +488,25 @@ def check_labels(
                 f"{where}: labels must be in 0..{size - 1} where valid, got "
                 f"{low if low < 0 else high}; exclude absent labels with mask="
             )
-    return jnp.clip(labels, 0, size - 1), valid
+        return labels, valid, None
+    clipped = jnp.clip(labels, 0, size - 1)
+    return clipped, valid, jnp.any(clipped != labels)
+
+
+def refuse(wrong: Array | None, mean: Mean) -> Mean:
+    """Makes a mean NaN if ``wrong``."""
+    if wrong is None:
+        return mean
+    return Mean(jnp.where(wrong, jnp.nan, mean.total), mean.count)
+
+
+def _array(where: str, x: ArrayLike) -> Array:
+    if isinstance(x, tuple):
+        raise ValueError(
+            f"{where}: expected an array, got a tuple of {len(x)}; apply returns the "
+            "outputs and the carry: logits, carry = model.apply(...)"
+        )
+    return jnp.asarray(x)
 
 
 def _check_pair(
@@ -493,12 +517,13 @@ def _check_pair(
     lengths: ArrayLike | None,
 ) -> tuple[Array, Array, Array | None]:
     """Checks two arrays of one shape; returns both cleaned, and a mask or None."""
-    if jnp.shape(x) != jnp.shape(y):
+    x, y = _array(where, x), _array(where, y)
+    if x.shape != y.shape:
         raise ValueError(
             f"{where}: the two arguments must have the same shape, got {type_name(x)} "
             f"and {type_name(y)}"
         )
-    valid = _valid(where, jnp.shape(x), mask, lengths)
+    valid = _valid(where, x.shape, mask, lengths)
     x, y = _clean(x, valid), _clean(y, valid)
     dtype = max(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
     return x.astype(dtype), y.astype(dtype), valid

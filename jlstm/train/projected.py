@@ -18,6 +18,7 @@ from jlstm.train.losses import (
     check_labels,
     check_smoothing,
     cross_entropies,
+    refuse,
 )
 from jlstm.train.state import type_name
 from jlstm.types import Array, PyTree, common_dtype
@@ -81,7 +82,7 @@ def projected_cross_entropy(
     check_smoothing(where, label_smoothing)
     dtype = common_dtype(features.dtype, w.dtype, b.dtype)
     logits = jax.ShapeDtypeStruct((*features.shape[:-1], *b.shape), dtype)
-    labels, valid = check_labels(where, logits, labels, mask, lengths)
+    labels, valid, wrong = check_labels(where, logits, labels, mask, lengths)
     if valid is None:
         valid = jnp.ones(labels.shape, bool)
     valid = valid.reshape(valid.shape + (1,) * (labels.ndim - valid.ndim))
@@ -89,7 +90,7 @@ def projected_cross_entropy(
     w, b = w.astype(dtype), b.astype(dtype)
     features = jnp.where(valid[..., None], features.astype(dtype), 0)
     total = _total(label_smoothing, w, b, features, labels, valid)
-    return Mean(total, jnp.sum(valid, dtype=jnp.int32))
+    return refuse(wrong, Mean(total, jnp.sum(valid, dtype=jnp.int32)))
 
 
 def _block_total(

@@ -133,10 +133,9 @@ class Workdir:
             raise ValueError(
                 f"Workdir: {self.path} is not empty, but holds no run; {advice}"
             )
-        if names <= {"config.json", "env.json", "lock", "plots", "checkpoints"} and (
-            not any(self.path.glob("checkpoints/**/step*"))
-        ):
-            return  # it took no step
+        begun = ("metrics*.jsonl", "checkpoints/**/step*", "result.json")
+        if not any(next(self.path.glob(pattern), None) for pattern in begun):
+            return  # nothing would be lost
         if lines := difference(old, self._identity):
             raise ValueError(
                 f"Workdir: {self.path} holds another run: {'; '.join(lines)}; {advice}"
@@ -282,6 +281,11 @@ class Workdir:
         result = _jsonable(result | extra)
         if self._chief:
             write_json(self.path / "result.json", result)
+            if self.config.workdir is not None:
+                files = [*self.path.iterdir(), *self.plots.iterdir()]
+                names = {file.relative_to(self.path).as_posix() for file in files}
+                names -= {"lock", "plots", "checkpoints"}
+                print(f"in {self.path}: {', '.join(sorted(names))}", flush=True)
         return result
 
 
