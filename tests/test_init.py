@@ -138,6 +138,6 @@ def test_chrono_spreads_the_memory_times_of_both_cells():
 
 def test_a_cell_without_these_options_is_refused():
     with pytest.raises(
-        ValueError, match=r"init: needs a cell .* without hidden_size; wrap"
+        ValueError, match=r"init: needs a cell .* without hidden_size; give the bare"
     ):
         jlstm.init.as_torch(jlstm.Zoneout(jlstm.LSTM(4), h=0.1))

@@ -338,8 +338,8 @@ MISTAKEN_CELLS = {
         SwapsUnnamed(2),
         r"step\(params, carry, x\) fails on float64\[3, 2\] and float64\[3, 5\], in",
     ),
-    "carry alone": (CarryAlone(2), r"\(carry, y\), got float64\[3, 2\] alone"),
-    "pair alone": (PairAlone(2), r"\(carry, y\), got LSTMCarry\(.h float.* alone"),
+    "carry alone": (CarryAlone(2), r"\(carry, y\), got only float64\[3, 2\]"),
+    "pair alone": (PairAlone(2), r"\(carry, y\), got only LSTMCarry\(.h float"),
     "carry's dtype": (
         CarryOfAnotherDtype(2),
         r"a carry of the type it was given, float64\[3, 2\], got float32\[3, 2\]",
@@ -466,7 +466,7 @@ MISTAKEN_LAYERS = {
         Leaky(2),
         r"must be a layer, got the cell Leaky\(.* wrap it: RNN\(",
     ),
-    "outputs alone": (OutputsAlone(), r"\(ys, carry\), got float64\[3, 6, 5\] alone"),
+    "outputs alone": (OutputsAlone(), r"\(ys, carry\), got only float64\[3, 6, 5\]"),
     "no time": (FlattensTime(), r"ys of leaves \[B, T, ...\] with B=3, got \[3\]"),
     "swapped": (
         SwapsCarry(),

@@ -129,7 +129,7 @@ def test_shard_map_that_tracks_devices_is_refused(implementation):
         )(params, xs)  # fmt: skip
 
     np.testing.assert_allclose(apply(False), layer.apply(params, xs)[0], atol=1e-6)
-    with pytest.raises(NotImplementedError, match="give it check_vma=False"):
+    with pytest.raises(NotImplementedError, match="give shard_map check_vma=False"):
         apply(True)
 
 

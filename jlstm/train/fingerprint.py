@@ -115,12 +115,12 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
       path: the name of both, put before each line.
 
     Returns:
-      Lines such as ``"seed: was 1, is 2"``.
+      Lines such as ``"seed: was 1, is now 2"``.
 
     Example:
       >>> from jlstm.train.fingerprint import difference
       >>> difference({"seed": 1, "data": {"length": 3}}, {"seed": 2, "data": {}})
-      ['seed: was 1, is 2', 'data.length: was 3, is absent']
+      ['seed: was 1, is now 2', 'data.length: was 3, is now absent']
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         lines = []
