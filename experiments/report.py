@@ -117,7 +117,8 @@ def number(value: float, result: Run) -> str:
 
 def duration(seconds: float) -> str:
     """Writes a time as it is said."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    text = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def table() -> str:

@@ -225,7 +225,8 @@ def test_runs_become_rows(tmp_path, monkeypatch, capsys):
     assert (
         "<br>`adding.py --preset cpu` | **0.5000 ± 0.3536 (2 seeds)** squares |" in line
     )
-    assert "| floor 1.000: nothing<br>1.500 ± 0.7071 (2 seeds): net | 10 min |" in line
+    beside, time = "floor 1.000: nothing<br>1.500 ± 0.7071 (2 seeds): net", "10 min"
+    assert f"| {beside} | {time.replace(' ', chr(0xA0))} |" in line
     page = "a\n<!-- experiments -->\nold\n<!-- end of experiments -->\nz\n"
     assert report.filled(page) == page.replace("old\n", report.HEAD + line + "\n")
     with pytest.raises(SystemExit, match=r"has no result\.json"):
