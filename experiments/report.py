@@ -90,7 +90,8 @@ def row(runs: Sequence[Run]) -> str:
     score = over_seeds([run["result"]["value"] for run in runs], result)
     beats = all(run["result"]["beats_floor"] for run in runs)
     score = f"**{score}** {result['metric']}" + ("" if beats else " (**not better**)")
-    floor = f"floor {number(result['floor'], result)}: {result['floor_name']}"
+    floors = statistics.fmean(run["result"]["floor"] for run in runs)
+    floor = f"floor {number(floors, result)}: {result['floor_name']}"
     beside = [floor] + [
         f"{over_seeds([run['result']['others'][name] for run in runs], result)}: {name}"
         for name in result["others"]
