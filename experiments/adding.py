@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlstm
-from jlstm import train
+from jlstm import diagnostics, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,26 +126,27 @@ def plot(config: Config, workdir: train.Workdir, floor: float) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(
-        1,
-        len(config.lengths),
-        figsize=(4.5 * len(config.lengths), 3.4),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for panel, length in zip(panels[0], config.lengths, strict=True):
-        for name in cells(config, length):
-            records = train.read_jsonl(workdir.metrics_of(f"{name.lower()}_{length}"))
-            steps = [record["step"] for record in records]
-            panel.plot(steps, [record["loss"] for record in records], label=name)
-        panel.axhline(floor, color="grey", linestyle="--", label="answering 1")
-        panel.set(title=f"T = {length}", xlabel="updates", yscale="log")
-        panel.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("mean squared error")
-    panels[0, -1].legend()
-    figure.savefig(workdir.plots / "adding.png", dpi=150)
-    pyplot.close(figure)
+    with diagnostics.style():
+        figure, panels = pyplot.subplots(
+            1,
+            len(config.lengths),
+            figsize=(4.5 * len(config.lengths), 3.4),
+            sharey=True,
+            squeeze=False,
+        )
+        for panel, length in zip(panels[0], config.lengths, strict=True):
+            for name in cells(config, length):
+                records = train.read_jsonl(
+                    workdir.metrics_of(f"{name.lower()}_{length}")
+                )
+                steps = [record["step"] for record in records]
+                panel.plot(steps, [record["loss"] for record in records], label=name)
+            panel.axhline(floor, color="#555555", ls="--", lw=1, label="answering 1")
+            panel.set(title=f"T = {length}", xlabel="updates", yscale="log")
+        panels[0, 0].set_ylabel("mean squared error")
+        panels[0, -1].legend()
+        figure.savefig(workdir.plots / "adding.png")
+        pyplot.close(figure)
 
 
 def main(config: Config) -> dict:

@@ -88,6 +88,7 @@ def row(runs: Sequence[Run]) -> str:
     if data := config.get("data"):
         command = f"{command[:-1]} --data {data}`"
     score = over_seeds([run["result"]["value"] for run in runs], result)
+    score += f" ({len(runs)} seeds)" if len(runs) > 1 else ""
     beats = all(run["result"]["beats_floor"] for run in runs)
     score = f"**{score}** {result['metric']}" + ("" if beats else " (**not better**)")
     floors = statistics.fmean(run["result"]["floor"] for run in runs)
@@ -104,9 +105,12 @@ def row(runs: Sequence[Run]) -> str:
 def over_seeds(values: Sequence[float], result: Run) -> str:
     """Writes a score, of several seeds as mean and deviation."""
     text = number(statistics.fmean(values), result)
-    if len(values) > 1:
-        text += f" ± {number(statistics.stdev(values), result)} ({len(values)} seeds)"
-    return text
+    if len(values) < 2:
+        return text
+    deviation = statistics.stdev(values)
+    if "accuracy" in result["metric"]:
+        return f"{text.removesuffix(' %')} ± {100 * deviation:.2f} %"
+    return f"{text} ± {deviation:.2g}"
 
 
 def number(value: float, result: Run) -> str:

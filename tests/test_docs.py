@@ -223,9 +223,9 @@ def test_runs_become_rows(tmp_path, monkeypatch, capsys):
     (line,) = report.table().splitlines()[2:]
     assert line.startswith("| The adding problem")
     assert (
-        "<br>`adding.py --preset cpu` | **0.5000 ± 0.3536 (2 seeds)** squares |" in line
+        "<br>`adding.py --preset cpu` | **0.5000 ± 0.35 (2 seeds)** squares |" in line
     )
-    beside, time = "floor 1.000: nothing<br>1.500 ± 0.7071 (2 seeds): net", "10 min"
+    beside, time = "floor 1.000: nothing<br>1.500 ± 0.71: net", "10 min"
     assert f"| {beside} | {time.replace(' ', chr(0xA0))} |" in line
     page = "a\n<!-- experiments -->\nold\n<!-- end of experiments -->\nz\n"
     assert report.filled(page) == page.replace("old\n", report.HEAD + line + "\n")
